@@ -1,0 +1,1 @@
+"""Run configurations: one YAML file is one run, read and checked by `configs.loader`."""

@@ -1,0 +1,91 @@
+"""A failed validation told in one sentence: where, what, what is allowed, the next move."""
+
+import difflib
+import re
+import reprlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from .fields import config_classes_at, fields_by_key, summarise_fields
+
+
+def suggest(given: str, known: Sequence[str]) -> str:
+    """The nearest valid name, or all of them where none is near."""
+    near = difflib.get_close_matches(given, known, n=1, cutoff=0.6)
+    if near:
+        return f'; did you mean "{near[0]}"?'
+    return f"; it can be {', '.join(known)}" if known else ""
+
+
+def show(value: Any) -> str:
+    names = {dict: "a section", list: "a list", type(None): "empty"}
+    return names.get(type(value)) or reprlib.repr(value)
+
+
+def explain(
+    error: ValidationError,
+    config_class: type[BaseModel],
+    data: dict[str, Any],
+    path: Path | None,
+    overridden: Sequence[str],
+) -> str:
+    """One sentence for the first problem (an unknown key first: it often explains a missing one), and how many more."""
+    problems: dict[str, list[Any]] = {}
+    for details in sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden"):
+        problems.setdefault(_dotted_key(details["loc"], data), []).append(details)
+    key, same_place = next(iter(problems.items()))
+    is_override = any(name == key or name.startswith(f"{key}.") or key.startswith(f"{name}.") for name in overridden)
+    where = "command line" if is_override or path is None else str(path)
+    details = same_place[0]
+    if details["type"] == "extra_forbidden":
+        sentence = f'{where}: unknown key "{key}"{_nearest_key(config_class, details["loc"], key)}'
+    elif details["type"] == "missing":
+        sentence = f'{where}: "{key}" is required but not given; add it to the config file or write {key}=VALUE'
+    else:
+        reasons = " or ".join(dict.fromkeys(_reason(item) for item in same_place))
+        given = "" if isinstance(details["input"], dict) else f" is {show(details['input'])}, but"
+        sentence = f"{where}: {key}{given} {reasons}" if key else f"{where}: {reasons}"
+    more = f" ({len(problems) - 1} more after this one)" if len(problems) > 1 else ""
+    return f"{sentence.rstrip('.')}{more}" + ("" if sentence.endswith("?") and not more else ".")
+
+
+def _dotted_key(location: Sequence[str | int], data: Any) -> str:
+    """pydantic's location without the union tags that it mixes in: what is in the data, and perhaps a missing leaf."""
+    parts: list[str] = []
+    for depth, part in enumerate(location):
+        is_key = isinstance(data, dict) and part in data
+        is_index = isinstance(data, list | tuple) and isinstance(part, int) and part < len(data)
+        if is_key or is_index:
+            parts.append(str(part))
+            data = data[part]
+        elif depth == len(location) - 1 and isinstance(data, list if isinstance(part, int) else dict):
+            parts.append(str(part))
+    return ".".join(parts)
+
+
+def _nearest_key(config_class: type[BaseModel], location: Sequence[str | int], key: str) -> str:
+    siblings = [name for cls in config_classes_at(config_class, location[:-1]) for name in fields_by_key(cls)]
+    section, _, last = key.rpartition(".")
+    near = difflib.get_close_matches(last, siblings, n=1, cutoff=0.6)
+    if near:
+        return f'; did you mean "{f"{section}." if section else ""}{near[0]}"?'
+    elsewhere = [summary.key for summary in summarise_fields(config_class, str) if summary.key.split(".")[-1] == last]
+    if elsewhere:
+        return f'; did you mean "{elsewhere[0]}"?'
+    return f"; the keys {f'of {section} ' if section else ''}are {', '.join(dict.fromkeys(siblings))}"
+
+
+def _reason(details: Any) -> str:
+    """pydantic's message as the end of our sentence."""
+    message = str(details["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    message = re.sub(r"^Input (should|tag|is)", lambda match: match.group(1), message)
+    if details["type"] in ("tuple_type", "list_type"):
+        return f"{message} (write [a, b])"
+    if details["type"] == "literal_error" and isinstance(details["input"], str):
+        known = re.findall(r"'([^']*)'", str(details["ctx"]["expected"]))
+        near = difflib.get_close_matches(details["input"], known, n=1)
+        return message + (f'; did you mean "{near[0]}"?' if near else "")
+    return message
