@@ -1,0 +1,255 @@
+"""What is this recording set, can it be read, and what is wrong with it?
+
+    python -m data_pipeline.doctor PATH [--json]
+
+Reads every episode's metadata, table and video headers (no pixels beyond one frame per file) and reports format,
+views, dimensions, the robot's layout as a YAML block for a source's config, every repair the reader makes, and every
+episode that cannot be read. Exit code 0: all readable; 1: some episodes are not; 2: nothing to read at that path.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from rich.text import Text
+
+from configs.loader import StrictConfig, dump_config, run_command
+
+from .embodiments import Embodiment
+from .sources import Episode, Source, SourceConfig, SourceError, detect_kind, open_source
+from .video_io import probe_video
+
+SHOWN_LINES = 20  # of repairs and of unreadable episodes in the table; --json has them all
+
+
+class DoctorConfig(StrictConfig):
+    path: Path = Field(description="folder of the recording set (or one video file)")
+    kind: Literal["auto", "lerobot", "video_folder"] = Field(default="auto", description="the format; auto: found out")
+    as_json: bool = Field(default=False, alias="json", description="write the report as JSON instead of a table")
+
+
+class ViewReport(BaseModel):
+    codecs: list[str]
+    sizes: list[str]  # "<width>x<height>", upright
+    fps: list[float]
+    num_files: int
+    num_frames: int
+
+
+class Finding(BaseModel):
+    """A repair, told once for all episodes whose sentence differs only in its numbers."""
+
+    sentence: str
+    num_episodes: int
+
+
+class Unreadable(BaseModel):
+    episode: str
+    reason: str
+    where: str
+    detail: str
+
+
+class Report(BaseModel):
+    path: str
+    kind: str
+    format: str
+    name: str
+    num_episodes: int
+    num_readable: int
+    num_frames: int
+    duration_s: float
+    views: dict[str, ViewReport]
+    num_with_actions: int
+    action_dim: int | None
+    proprio_dim: int | None
+    control_hz: float | None
+    num_with_instruction: int
+    instructions: list[str]  # a few, the most common first
+    embodiment: Embodiment | None
+    repairs: list[Finding]
+    unreadable: list[Unreadable]
+
+
+def main(config: DoctorConfig) -> int:
+    report = examine(config.path, detect_kind(config.path) if config.kind == "auto" else config.kind)
+    if config.as_json:
+        sys.stdout.write(json.dumps(report.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n")
+    else:
+        show(report, Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False))
+    return 1 if report.unreadable else 0
+
+
+def examine(path: Path, kind: str) -> Report:
+    """Read every episode and sum up. UserError when the set is unusable as a whole."""
+    config = SourceConfig.model_validate({"kind": kind, "path": path})
+    source = open_source(config)
+    episode_ids = source.list_episodes()
+    episodes, unreadable = _read_all(source, episode_ids)
+    instructions = Counter(episode.instruction for episode in episodes if episode.instruction)
+    with_actions = [episode for episode in episodes if episode.actions is not None]
+    embodiment = source.embodiment()
+    return Report(
+        path=str(path),
+        kind=kind,
+        format=source.format_name,
+        name=source.name,
+        num_episodes=len(episode_ids),
+        num_readable=len(episodes),
+        num_frames=sum(episode.num_frames for episode in episodes),
+        duration_s=sum(episode.num_frames / episode.fps for episode in episodes),
+        views=_views(episodes),
+        num_with_actions=len(with_actions),
+        action_dim=embodiment.action_dim if embodiment else None,
+        proprio_dim=embodiment.proprio_dim if embodiment else None,
+        control_hz=embodiment.control_hz if embodiment else None,
+        num_with_instruction=instructions.total(),
+        instructions=[text for text, _ in instructions.most_common(5)],
+        embodiment=embodiment,
+        repairs=_findings(episodes, source.repairs(), len(episode_ids)),
+        unreadable=unreadable,
+    )
+
+
+def _read_all(source: Source, episode_ids: list[str]) -> tuple[list[Episode], list[Unreadable]]:
+    episodes, unreadable = [], []
+    progress = Console(file=sys.stderr)
+    for episode_id in track(
+        episode_ids, "reading episodes", console=progress, transient=True, disable=not sys.stderr.isatty()
+    ):
+        try:
+            episodes.append(source.read_episode(episode_id))
+        except SourceError as error:
+            unreadable.append(
+                Unreadable(episode=episode_id, reason=error.reason, where=error.where, detail=error.detail)
+            )
+    return episodes, unreadable
+
+
+def _views(episodes: list[Episode]) -> dict[str, ViewReport]:
+    files: dict[str, set[str]] = {}
+    frames: Counter[str] = Counter()
+    for episode in episodes:
+        for view, segment in episode.views.items():
+            files.setdefault(view, set()).add(segment.path)
+            frames[view] += episode.num_frames
+    views = {}
+    for view, paths in files.items():
+        infos = [probe_video(path) for path in sorted(paths)]
+        views[view] = ViewReport(
+            codecs=sorted({f"{info.codec} {info.pix_fmt}" for info in infos}),
+            sizes=sorted({f"{info.width}x{info.height}" for info in infos}),
+            fps=sorted({round(info.fps, 3) for info in infos}),
+            num_files=len(infos),
+            num_frames=frames[view],
+        )
+    return views
+
+
+def _findings(episodes: list[Episode], of_the_set: tuple[str, ...], num_episodes: int) -> list[Finding]:
+    examples: dict[str, str] = {}
+    counts: Counter[str] = Counter()
+    for episode in episodes:
+        seen = {}
+        for sentence in episode.repairs:
+            seen[re.sub(r"\d+(\.\d+)?", "#", sentence)] = sentence
+        for pattern, sentence in seen.items():
+            examples.setdefault(pattern, sentence)
+            counts[pattern] += 1
+    if not episodes:  # nothing was readable: what is known about the set as a whole may say why
+        return [Finding(sentence=sentence, num_episodes=num_episodes) for sentence in of_the_set]
+    return [Finding(sentence=examples[pattern], num_episodes=counts[pattern]) for pattern in examples]
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def show(report: Report, console: Console) -> None:
+    console.print(Text(report.path, style="bold"), soft_wrap=True)
+    console.print(_summary(report))
+    if report.views:
+        console.print(_view_table(report))
+    if report.repairs:
+        lines = [(finding.sentence, f"{finding.num_episodes}") for finding in report.repairs]
+        console.print(_lines("repairs made while reading", "episodes", lines))
+    if report.unreadable:
+        lines = [(f"{bad.where}: {bad.detail}", f"{bad.episode}\n{bad.reason}") for bad in report.unreadable]
+        console.print(_lines("episodes that cannot be read", "episode, reason", lines))
+    if report.embodiment is not None:
+        block = dump_config(report.embodiment).rstrip().replace("\n", "\n  ")
+        console.print(Text("the robot's layout; copy it into the source's config to correct it:", style="bold"))
+        console.print(Text(f"\nembodiment:\n  {block}\n"), soft_wrap=True)
+
+
+def _summary(report: Report) -> Table:
+    table = Table(show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    actions = (
+        f"{report.action_dim} values at {report.control_hz:g} Hz" if report.embodiment else "none (action-free video)"
+    )
+    rows: dict[str, Any] = {
+        "format": f"{report.format} (kind: {report.kind})",
+        "episodes": f"{report.num_episodes}, all readable"
+        if not report.unreadable
+        else f"{report.num_episodes}, {len(report.unreadable)} of them cannot be read",
+        "frames": f"{report.num_frames} ({_duration(report.duration_s)})",
+        "actions": actions,
+        "proprio": f"{report.proprio_dim} values" if report.proprio_dim else "none",
+        "instructions": _instructions(report),
+    }
+    for name, value in rows.items():
+        table.add_row(name, Text(str(value)))
+    return table
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.1f} s"
+        if seconds < 120
+        else f"{seconds / 60:.1f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def _instructions(report: Report) -> str:
+    if not report.instructions:
+        return "none"
+    shown = "\n".join(f'"{text}"' for text in report.instructions)
+    return f"in {report.num_with_instruction} of {report.num_readable} episodes, for example\n{shown}"
+
+
+def _view_table(report: Report) -> Table:
+    table = Table(title="views", title_justify="left", title_style="bold")
+    for name in ("view", "codec", "size", "fps", "files", "frames"):
+        table.add_column(name, justify="right" if name in ("files", "frames") else "left", overflow="fold")
+    for view, found in report.views.items():
+        rates = ", ".join(f"{rate:g}" for rate in found.fps[:4]) + (" …" if len(found.fps) > 4 else "")
+        sizes = ", ".join(found.sizes[:4]) + (" …" if len(found.sizes) > 4 else "")
+        table.add_row(view, ", ".join(found.codecs), sizes, rates, str(found.num_files), str(found.num_frames))
+    return table
+
+
+def _lines(title: str, second: str, lines: list[tuple[str, str]]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", show_lines=False)
+    table.add_column("what", overflow="fold", ratio=1)
+    table.add_column(second, overflow="fold")
+    for sentence, note in lines[:SHOWN_LINES]:
+        table.add_row(Text(sentence), Text(note))
+    if len(lines) > SHOWN_LINES:
+        table.add_row(f"… and {len(lines) - SHOWN_LINES} more (all with --json)", "")
+    return table
+
+
+if __name__ == "__main__":
+    run_command(main, DoctorConfig, description=__doc__, positional="path")

@@ -1,0 +1,119 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from configs.loader import load_config, run_command
+from data_pipeline.doctor import DoctorConfig, main
+from data_pipeline.embodiments import Embodiment
+from tests.data_pipeline.recordings import numbered_frames, write_lerobot_v3, write_lerobot_v21, write_video
+
+
+def examine(path: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as caught:
+        run_command(main, DoctorConfig, description="", positional="path", argv=[str(path), *arguments])
+    out, err = capsys.readouterr()
+    return int(caught.value.code or 0), out, err
+
+
+def test_a_sound_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_lerobot_v3(tmp_path / "arm", [12, 9, 7], ["observation.images.front", "observation.images.wrist"])
+    code, out, _ = examine(root, capsys, "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert (report["kind"], report["format"], report["name"]) == ("lerobot", "LeRobot v3.0", "arm")
+    assert (report["num_episodes"], report["num_readable"], report["num_frames"]) == (3, 3, 28)
+    assert (report["action_dim"], report["proprio_dim"], report["control_hz"]) == (3, 2, 10)
+    assert report["instructions"] == ["push the block"]
+    assert report["views"]["wrist"] == {
+        "codecs": ["h264 yuv420p"],
+        "sizes": ["64x48"],
+        "fps": [10],
+        "num_files": 1,
+        "num_frames": 28,
+    }
+    assert report["repairs"] == report["unreadable"] == []
+
+
+def test_the_table_proposes_an_embodiment_that_a_config_accepts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = examine(write_lerobot_v21(tmp_path), capsys)
+    assert code == 0
+    for words in ("LeRobot v2.1", "2, all readable", "3 values at 10 Hz", "front", "64x48", "push the block"):
+        assert words in out
+    block = yaml.safe_load(out[out.index("embodiment:") :])["embodiment"]
+    assert Embodiment.model_validate(block).action_names == ("x", "y", "gripper")
+
+
+def test_repairs_are_told_once_and_bad_episodes_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_lerobot_v21(tmp_path, [9, 9, 9, 9], splits={"train": "0:50"})
+    for index in (0, 1):  # a frame too many, in two episodes
+        video = root / f"videos/chunk-000/observation.images.front/episode_{index:06d}.mp4"
+        write_video(video, numbered_frames(range(10 + index)))
+    (root / "videos/chunk-000/observation.images.front/episode_000003.mp4").write_text("oops")
+    code, out, _ = examine(root, capsys, "--json")
+    report = json.loads(out)
+    assert code == 1
+    counts = {finding["sentence"]: finding["num_episodes"] for finding in report["repairs"]}
+    assert [count for sentence, count in counts.items() if "frames at the end" in sentence] == [2]
+    assert [count for sentence, count in counts.items() if "0:50" in sentence] == [3]
+    (bad,) = report["unreadable"]
+    assert (bad["episode"], bad["reason"]) == ("episode_000003", "not_a_video")
+    assert bad["where"].endswith("episode_000003.mp4")
+    code, out, _ = examine(root, capsys)
+    assert code == 1
+    assert "1 of them cannot be read" in out
+    assert "not_a_video" in out
+
+
+def test_a_folder_of_videos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_video(tmp_path / "a.mp4", numbered_frames(range(9)))
+    write_video(tmp_path / "b.mp4", numbered_frames(range(9), 96, 128))
+    code, out, _ = examine(tmp_path, capsys)
+    assert code == 0
+    assert "video folder" in out
+    assert "action-free" in out
+    assert "128x96, 64x48" in out
+
+
+def test_nothing_to_read_is_one_sentence_and_exit_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (tmp_path / "absent", tmp_path):
+        code, out, err = examine(path, capsys)
+        assert (code, out) == (2, "")
+        assert err.count("\n") == 1
+        assert str(path) in err
+
+
+def test_the_command_runs(tmp_path: Path) -> None:
+    root = write_lerobot_v21(tmp_path)
+    command = [sys.executable, "-m", "data_pipeline.doctor", str(root), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["num_episodes"] == 2
+
+
+def test_settings_have_the_names_that_the_command_line_uses() -> None:
+    assert load_config(DoctorConfig, None, ["path=x", "json=true"]).as_json
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "num_episodes", "num_bad"),
+    [
+        ("g1_real_lerobot_v21_trim", "lerobot", 4, 0),
+        ("open50_lerobot_v30_trim", "lerobot", 4, 0),
+        ("gr00t_pnp_lerobot_v2", "lerobot", 5, 0),
+        ("vpp_mixed", "video_folder", 12, 0),
+        ("odd_derived_by_us", "video_folder", 3, 3),
+    ],
+)
+def test_recorded_sets(
+    shared_data: Path, capsys: pytest.CaptureFixture[str], name: str, kind: str, num_episodes: int, num_bad: int
+) -> None:
+    code, out, _ = examine(shared_data / name, capsys, "--json")
+    report = json.loads(out)
+    assert code == (1 if num_bad else 0)
+    assert (report["kind"], report["num_episodes"], len(report["unreadable"])) == (kind, num_episodes, num_bad)
