@@ -1,0 +1,61 @@
+"""What a frozen encoder promises: the two protocols that every stage after `build` relies on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol, Self
+
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+TEMPORAL_STRIDE = 4
+"""Causal codecs here turn `f` frames into `1 + (f - 1) / 4` latent frames; latent frame 0 is frame 0 alone."""
+
+
+class VideoCodec(Protocol):
+    """A frozen, causal video autoencoder. Latents are normalised: about zero mean and unit scale."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def weight_hash(self) -> str: ...
+
+    @property
+    def temporal_stride(self) -> int: ...
+
+    @property
+    def spatial_stride(self) -> int: ...
+
+    @property
+    def latent_channels(self) -> int: ...
+
+    def encode(self, video: UInt8[Tensor, "b f h w 3"]) -> Float[Tensor, "b t c hl wl"]: ...
+
+    def decode(self, latents: Float[Tensor, "b t c hl wl"]) -> UInt8[Tensor, "b f h w 3"]: ...
+
+    def save(self, folder: Path) -> None: ...
+
+    @classmethod
+    def load(cls, folder: Path) -> Self: ...
+
+
+class TextEncoder(Protocol):
+    """A frozen text encoder. Rows are the true tokens only: whoever batches them pads with zeros (Wan's convention)."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def weight_hash(self) -> str: ...
+
+    @property
+    def width(self) -> int: ...
+
+    def encode(self, texts: Sequence[str]) -> list[Float[Tensor, "l d"]]: ...
+
+    def save(self, folder: Path) -> None: ...
+
+    @classmethod
+    def load(cls, folder: Path) -> Self: ...
