@@ -1,0 +1,108 @@
+"""Flow matching: flow times, interpolation, what the network predicts, and the Euler sampler.
+
+Direction, everywhere in this repository: flow time 0 is data, 1 is noise; `noised = (1 - t) * data + t * noise`;
+velocity = noise - data. (The π0 paper runs the other way; openpi, torchtitan and Wan agree with this one.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from configs.loader import StrictConfig
+
+Prediction = Literal["velocity", "data"]
+"""What the network's output means. `velocity` is Wan's. A small network learns `data` far more easily: the data lie
+near a low-dimensional surface and the noise does not (Li and He, arXiv 2511.13720)."""
+
+MIN_FLOW_TIME = 1e-3
+"""Where a velocity is recovered from predicted data, flow time is not taken below this."""
+
+
+class FlowTimeConfig(StrictConfig):
+    """How training draws flow times; `pure_noise_share` of the draws are exactly 1."""
+
+    distribution: Literal["uniform", "logit_normal", "beta"] = Field("logit_normal", description="law of the draws")
+    mean: float = Field(0.0, description="logit_normal: mean of the logit; larger is noisier")
+    std: float = Field(1.0, gt=0, description="logit_normal: standard deviation of the logit")
+    alpha: float = Field(1.5, gt=0, description="beta: first parameter; larger is noisier")
+    beta: float = Field(1.0, gt=0, description="beta: second parameter")
+    shift: float = Field(1.0, gt=0, description="time_shift s: t becomes s t / (1 + (s - 1) t); above 1 is noisier")
+    pure_noise_share: float = Field(0.0, ge=0, le=1, description="share of draws at flow time 1, the mean prediction")
+
+
+def sample_flow_time(config: FlowTimeConfig, shape: Sequence[int], generator: torch.Generator) -> Float[Tensor, "..."]:
+    """Draw flow times of the given shape, on the generator's device."""
+    device = generator.device
+    if config.distribution == "uniform":
+        flow_time = torch.rand(*shape, generator=generator, device=device)
+    elif config.distribution == "logit_normal":
+        flow_time = (config.mean + config.std * torch.randn(*shape, generator=generator, device=device)).sigmoid()
+    else:
+        # torch.distributions takes no generator, so Beta(a, b) is drawn as X / (X + Y) of two gammas.
+        first = torch._standard_gamma(torch.full(tuple(shape), config.alpha, device=device), generator)
+        second = torch._standard_gamma(torch.full(tuple(shape), config.beta, device=device), generator)
+        flow_time = first / (first + second)
+    flow_time = time_shift(flow_time, config.shift)
+    pure_noise = torch.rand(*shape, generator=generator, device=device) < config.pure_noise_share
+    return torch.where(pure_noise, torch.ones_like(flow_time), flow_time)
+
+
+def time_shift(flow_time: Tensor, shift: float) -> Tensor:
+    return shift * flow_time / (1 + (shift - 1) * flow_time)
+
+
+def add_noise(data: Tensor, noise: Tensor, flow_time: Tensor) -> Tensor:
+    """`(1 - t) * data + t * noise`; `flow_time` has the leading dims of `data`."""
+    flow_time = _trailing(flow_time, data)
+    return (1 - flow_time) * data + flow_time * noise
+
+
+def training_target(data: Tensor, noise: Tensor, prediction: Prediction) -> Tensor:
+    return noise - data if prediction == "velocity" else data
+
+
+def to_velocity(output: Tensor, noised: Tensor, flow_time: Tensor, prediction: Prediction) -> Tensor:
+    """The network's output as a velocity."""
+    if prediction == "velocity":
+        return output
+    return (noised - output) / _trailing(flow_time, noised).clamp_min(MIN_FLOW_TIME)
+
+
+def to_data(output: Tensor, noised: Tensor, flow_time: Tensor, prediction: Prediction) -> Tensor:
+    """The network's output as its estimate of the data (from pure noise: the mean of all futures)."""
+    if prediction == "data":
+        return output
+    return noised - _trailing(flow_time, noised) * output
+
+
+def schedule(num_inference_steps: int, shift: float = 1.0) -> Float[Tensor, "steps+1"]:
+    """Flow times from 1 (noise) to 0 (data), both included."""
+    return time_shift(torch.linspace(1, 0, num_inference_steps + 1), shift)
+
+
+@torch.no_grad()
+def euler_sample(
+    velocity: Callable[[Tensor, float], Tensor], noise: Tensor, num_inference_steps: int, shift: float = 1.0
+) -> Tensor:
+    """Integrate `velocity(noised, flow_time)` from noise to data in equal (or shifted) Euler steps."""
+    times = schedule(num_inference_steps, shift).tolist()
+    sample = noise
+    for now, following in pairwise(times):
+        sample = sample + (following - now) * velocity(sample, now)
+    return sample
+
+
+def guided(conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
+    """Classifier-free guidance in diffusers' convention: scale 1 is the conditional prediction."""
+    return unconditional + guidance_scale * (conditional - unconditional)
+
+
+def _trailing(flow_time: Tensor, like: Tensor) -> Tensor:
+    return flow_time.reshape(*flow_time.shape, *[1] * (like.ndim - flow_time.ndim))

@@ -1,0 +1,1 @@
+"""Networks only: no losses, no devices, no logging. See `docs/architecture.md` for how the parts combine."""

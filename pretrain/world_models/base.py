@@ -1,0 +1,42 @@
+"""The world-model protocol: all that training, planners and policy evaluation know about a world model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+Batch = dict[str, Any]
+"""What `data_pipeline.loader.Loader` yields: latents, text_tokens, actions, proprio, has_actions, action_is_valid."""
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """The loss to minimise and its named parts (detached), each a scalar."""
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+class WorldModel(Protocol):
+    """Predicts future latents from past ones, given actions. Implementations are `nn.Module`s.
+
+    `loss` draws all its randomness from `generator`, so that a training step is a pure function of (weights, batch,
+    seed): that is what makes resuming exact.
+    """
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> LossTerms: ...
+
+    def encode(self, video: UInt8[Tensor, "b f h w 3"]) -> Float[Tensor, "b t c h w"]: ...
+
+    def predict(
+        self,
+        context: Float[Tensor, "b t c h w"],
+        actions: Float[Tensor, "b k a"] | None,
+        text: Float[Tensor, "b l d"],
+    ) -> Float[Tensor, "b t c h w"]: ...
+
+    def decode(self, latents: Float[Tensor, "b t c h w"]) -> UInt8[Tensor, "b f h w 3"]: ...

@@ -1,0 +1,263 @@
+"""The observation-space world model: an action-conditioned latent video transformer, trained by flow matching.
+
+The first latent frames of a clip are clean context, the rest is denoised. Context looks only at itself, so it can be
+computed once and kept while the future is denoised (and while many futures of one context are). Actions are added to
+the timestep embedding of the latent frame that they lead to; a clip without actions adds nothing, so action-free video
+trains the same weights.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float, UInt8
+from pydantic import Field
+from torch import Tensor, nn
+
+from configs.loader import StrictConfig, UserError
+from data_pipeline.encoders.base import TEMPORAL_STRIDE
+
+from .. import flow_matching
+from ..flow_matching import FlowTimeConfig, Prediction
+from ..models.token_groups import Rule, TokenGroup, Visibility
+from ..models.transformer import KeyValueCache, run_experts
+from ..models.video_dit import VIDEO_EXPERT, TwoLayers, VideoDiT, VideoDiTConfig
+from .base import Batch, LossTerms
+
+if TYPE_CHECKING:
+    from data_pipeline.encoders.base import VideoCodec
+    from data_pipeline.loader import DatasetIndex
+
+CONTEXT, FUTURE = "context_latents", "noised_latents"
+
+VISIBILITY: Visibility = {
+    (CONTEXT, CONTEXT): Rule.ALWAYS,
+    (FUTURE, CONTEXT): Rule.ALWAYS,
+    (FUTURE, FUTURE): Rule.ALWAYS,
+}
+
+
+class ObservationSpaceConfig(StrictConfig):
+    """A video world model. Fields that are null are read off the dataset and written into the run's config."""
+
+    kind: Literal["observation_space"] = "observation_space"
+    video: VideoDiTConfig
+    context_latent_frames: int = Field(1, ge=1, description="clean latent frames at the start of each clip")
+    prediction: Prediction = Field("velocity", description="what the network predicts: velocity (Wan) or data")
+    predict_residual: bool = Field(False, description="predict the change from the last context latent frame")
+    flow_time: FlowTimeConfig = FlowTimeConfig()
+    action_dropout: float = Field(0.0, ge=0, le=1, description="share of clips trained as if they had no actions")
+    text_dropout: float = Field(0.0, ge=0, le=1, description="share of clips trained with an empty instruction")
+    action_dim: int | None = Field(None, description="numbers per action; null: the dataset's")
+    actions_per_latent: int | None = Field(None, description="actions per latent frame; null: the dataset's")
+    residual_std: float | None = Field(None, description="scale of the residual; null: measured on the dataset")
+
+
+class ActionConditioner(nn.Module):
+    """The actions of one latent frame, as a vector to add to its timestep embedding; starts at zero."""
+
+    def __init__(self, action_dim: int, actions_per_latent: int, width: int) -> None:
+        super().__init__()
+        self.actions_per_latent = actions_per_latent
+        self.mlp = TwoLayers(action_dim * actions_per_latent, width, nn.SiLU())
+        nn.init.zeros_(self.mlp.linear_2.weight)
+        nn.init.zeros_(self.mlp.linear_2.bias)
+
+    def forward(self, actions: Float[Tensor, "b k a"], use: Bool[Tensor, "b"]) -> Float[Tensor, "b t d"]:
+        per_frame = rearrange(actions, "b (t r) a -> b t (r a)", r=self.actions_per_latent)
+        return self.mlp(per_frame) * use[:, None, None]
+
+
+class ObservationSpaceWorldModel(nn.Module):
+    """See the module docstring. `codec` (frozen, not a submodule) is needed only to encode and decode pixels."""
+
+    def __init__(self, config: ObservationSpaceConfig, codec: VideoCodec | None = None) -> None:
+        super().__init__()
+        if config.action_dim is None or config.actions_per_latent is None or config.residual_std is None:
+            raise ValueError("config has unresolved fields: use build_world_model(config, dataset_index)")
+        self.config = config
+        self.codec = codec
+        self.residual_scale = config.residual_std if config.predict_residual else 1.0
+        self.video = VideoDiT(config.video)
+        self.action_conditioner = ActionConditioner(config.action_dim, config.actions_per_latent, config.video.width)
+
+    # Pixels and latents -------------------------------------------------------------------------------------------
+
+    def encode(self, video: UInt8[Tensor, "b f h w 3"]) -> Float[Tensor, "b t c h w"]:
+        return self._codec().encode(video)
+
+    def decode(self, latents: Float[Tensor, "b t c h w"]) -> UInt8[Tensor, "b f h w 3"]:
+        return self._codec().decode(latents)
+
+    def _codec(self) -> VideoCodec:
+        if self.codec is None:
+            raise ValueError("this world model was built without a codec: pass one to encode or decode pixels")
+        return self.codec
+
+    @property
+    def context_frames(self) -> int:
+        """Pixel frames that the context latent frames stand for."""
+        return 1 + (self.config.context_latent_frames - 1) * TEMPORAL_STRIDE
+
+    def anchor(self, context: Float[Tensor, "b t c h w"]) -> Float[Tensor, "b 1 c h w"] | float:
+        """What predictions are relative to: the last context latent frame, or nothing."""
+        return context[:, -1:] if self.config.predict_residual else 0.0
+
+    # Parts that a world action model arranges anew ----------------------------------------------------------------
+
+    def context_group(self, context: Float[Tensor, "b t c h w"]) -> TokenGroup:
+        _, modulation = self.video.condition_embedder.time(torch.zeros_like(context[:, :, 0, 0, 0]))
+        return self.video.group(CONTEXT, context, modulation)
+
+    def future_group(
+        self,
+        noised: Float[Tensor, "b t c h w"],
+        context: Float[Tensor, "b t0 c h w"],
+        flow_time: Float[Tensor, "b"],
+        action_embedding: Float[Tensor, "b t d"],
+    ) -> tuple[TokenGroup, Float[Tensor, "b t d"]]:
+        """Noised future as tokens, and the time embedding that `read_future` needs.
+
+        With residuals the tokens show `anchor + scale * noised`: the network sees where the noise is centred.
+        """
+        times = flow_time[:, None].expand(-1, noised.shape[1])
+        embedding, modulation = self.video.condition_embedder.time(times, action_embedding)
+        latents = self.anchor(context) + self.residual_scale * noised
+        return self.video.group(FUTURE, latents, modulation, first_frame=context.shape[1]), embedding
+
+    def read_future(
+        self, tokens: Float[Tensor, "b n d"], embedding: Float[Tensor, "b t d"], like: Float[Tensor, "b t c h w"]
+    ) -> Float[Tensor, "b t c h w"]:
+        return self.video.head(tokens, embedding, self.video.grid((like.shape[1], *like.shape[3:])))
+
+    def embed_actions(
+        self, actions: Float[Tensor, "b k a"] | None, use: Bool[Tensor, "b"] | None, like: Float[Tensor, "b t c h w"]
+    ) -> Float[Tensor, "b t d"]:
+        """Actions per future latent frame; none at all is the same as `use` being false everywhere."""
+        batch, frames = like.shape[:2]
+        if actions is None:
+            return like.new_zeros(batch, frames, self.config.video.width)
+        use = torch.ones(batch, dtype=torch.bool, device=like.device) if use is None else use
+        return self.action_conditioner(actions[:, : frames * self.action_conditioner.actions_per_latent], use)
+
+    # The protocol -------------------------------------------------------------------------------------------------
+
+    def split(self, latents: Float[Tensor, "b t c h w"]) -> tuple[Tensor, Tensor]:
+        """Context and the (scaled, relative) future that is to be predicted."""
+        context, future = latents.tensor_split([self.config.context_latent_frames], dim=1)
+        return context, (future - self.anchor(context)) / self.residual_scale
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> LossTerms:
+        context, data = self.split(batch["latents"])
+        flow_time = flow_matching.sample_flow_time(self.config.flow_time, (len(data),), generator)
+        noise = torch.randn(data.shape, generator=generator, device=data.device)
+        keep_text = torch.rand(len(data), generator=generator, device=data.device) >= self.config.text_dropout
+        keep_actions = torch.rand(len(data), generator=generator, device=data.device) >= self.config.action_dropout
+        noised = flow_matching.add_noise(data, noise, flow_time)
+        actions = self.embed_actions(batch["actions"], batch["has_actions"] & keep_actions, data)
+        text = self.video.condition_embedder.text_embedder(batch["text_tokens"] * keep_text[:, None, None])
+        future, embedding = self.future_group(noised, context, flow_time, actions)
+        groups = [self.context_group(context), future]
+        (_, tokens), _ = run_experts({VIDEO_EXPERT: self.video.blocks}, {VIDEO_EXPERT: text}, groups, VISIBILITY)
+        output = self.read_future(tokens, embedding, data)
+        target = flow_matching.training_target(data, noise, self.config.prediction)
+        loss = F.mse_loss(output.float(), target)
+        return LossTerms(loss, {"video": loss.detach()})
+
+    @torch.no_grad()
+    def predict(
+        self,
+        context: Float[Tensor, "b t0 c h w"],
+        actions: Float[Tensor, "b k a"] | None,
+        text: Float[Tensor, "b l d"],
+        num_latent_frames: int | None = None,
+        num_inference_steps: int = 1,
+        num_draws: int = 4,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "b t c h w"]:
+        """Future latents. One step gives the mean prediction (averaged over `num_draws` noises), more give samples.
+
+        `num_latent_frames` defaults to what the actions cover. The context is computed once, for all draws and steps.
+        """
+        if num_latent_frames is None:
+            if actions is None:
+                raise ValueError("without actions, say how far to predict: num_latent_frames")
+            num_latent_frames = actions.shape[1] // self.action_conditioner.actions_per_latent
+        draws = num_draws if num_inference_steps == 1 else 1
+        projected = self.video.condition_embedder.text_embedder(text)
+        experts, text_by_expert = {VIDEO_EXPERT: self.video.blocks}, {VIDEO_EXPERT: projected}
+        _, past = run_experts(experts, text_by_expert, [self.context_group(context)], VISIBILITY)
+        past = past.repeat(draws)
+        context = context.repeat_interleave(draws, 0)
+        text_by_expert = {VIDEO_EXPERT: projected.repeat_interleave(draws, 0)}
+        if actions is not None:
+            actions = actions.repeat_interleave(draws, 0)
+        shape = (len(context), num_latent_frames, *context.shape[2:])
+        noise = torch.randn(shape, generator=generator, device=context.device)
+        action_embedding = self.embed_actions(actions, None, noise)
+
+        def network(noised: Tensor, flow_time: Tensor) -> Tensor:
+            return self._denoise(noised, context, flow_time, action_embedding, text_by_expert, past)
+
+        if num_inference_steps == 1:
+            ones = noise.new_ones(len(noise))
+            data = flow_matching.to_data(network(noise, ones), noise, ones, self.config.prediction)
+            data = data.unflatten(0, (-1, draws)).mean(1)
+            context = context[::draws]
+        else:
+
+            def velocity(noised: Tensor, now: float) -> Tensor:
+                flow_time = noised.new_full((len(noised),), now)
+                return flow_matching.to_velocity(network(noised, flow_time), noised, flow_time, self.config.prediction)
+
+            data = flow_matching.euler_sample(velocity, noise, num_inference_steps)
+        return self.anchor(context) + self.residual_scale * data
+
+    def _denoise(
+        self,
+        noised: Tensor,
+        context: Tensor,
+        flow_time: Tensor,
+        action_embedding: Tensor,
+        text: dict[str, Tensor],
+        past: KeyValueCache,
+    ) -> Tensor:
+        future, embedding = self.future_group(noised, context, flow_time, action_embedding)
+        (tokens,), _ = run_experts({VIDEO_EXPERT: self.video.blocks}, text, [future], VISIBILITY, past)
+        return self.read_future(tokens, embedding, noised).float()
+
+
+def build_world_model(config: ObservationSpaceConfig, dataset: DatasetIndex) -> ObservationSpaceWorldModel:
+    """A world model for this dataset: null fields filled in, sizes checked."""
+    config = resolve(config, dataset)
+    return ObservationSpaceWorldModel(config, dataset.codec())
+
+
+def resolve(config: ObservationSpaceConfig, dataset: DatasetIndex) -> ObservationSpaceConfig:
+    frames, channels, height, width = dataset.latent_shape
+    video = config.video
+    if video.in_channels != channels or video.out_channels != channels:
+        raise UserError(
+            f"model.video.in_channels={video.in_channels} and out_channels={video.out_channels}, but the latents in "
+            f"{dataset.path} have {channels} channels; set both to {channels}."
+        )
+    if height % video.patch_size[1] or width % video.patch_size[2]:
+        raise UserError(
+            f"model.video.patch_size={list(video.patch_size)} does not divide the {height}x{width} latents of "
+            f"{dataset.path}; choose divisors of both."
+        )
+    if frames <= config.context_latent_frames:
+        raise UserError(
+            f"model.context_latent_frames={config.context_latent_frames} leaves nothing to predict: the clips in "
+            f"{dataset.path} have {frames} latent frames."
+        )
+    return config.model_copy(
+        update={
+            "action_dim": max(dataset.action_dim, 1) if config.action_dim is None else config.action_dim,
+            "actions_per_latent": config.actions_per_latent or max(dataset.actions_per_latent, 1),
+            "residual_std": config.residual_std or dataset.residual_std,
+        }
+    )
