@@ -1,0 +1,1 @@
+"""A world model -> a policy: record demonstrations, fine-tune a paradigm, measure it in the loop."""

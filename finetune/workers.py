@@ -1,0 +1,40 @@
+"""Run jobs in fresh processes, a few at a time: a simulator's GL context wants a process of its own."""
+
+import logging
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from configs.loader import UserError
+
+Result = TypeVar("Result")
+
+
+def run_jobs(jobs: Sequence[tuple[Callable[..., Result], tuple[Any, ...]]], num_workers: int) -> list[Result]:
+    """Results in the order of the jobs. The first job that fails is raised here once those that run have ended."""
+    # spawn: a forked child would inherit locked threads of torch and of the GL driver
+    pool = ProcessPoolExecutor(
+        min(num_workers, len(jobs)),
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(logging.getLogger().getEffectiveLevel(),),
+        max_tasks_per_child=1,
+    )
+    try:
+        futures = [pool.submit(function, *arguments) for function, arguments in jobs]
+        finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        for future in finished:
+            future.result()  # raises what the job raised
+        return [future.result() for future in futures]
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a worker process died without a Python error, usually for want of memory: try num_workers=1"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker(log_level: int) -> None:
+    logging.basicConfig(level=log_level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")

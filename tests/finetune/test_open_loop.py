@@ -1,0 +1,129 @@
+"""Open-loop errors, on a dataset whose actions are known by heart."""
+
+import runpy
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from configs.loader import UserError
+from data_pipeline.loader import DatasetIndex, LoaderConfig
+from finetune.baselines import BehaviourCloningConfig, NetworkConfig
+from finetune.baselines import main as train_behaviour_cloning
+from finetune.evaluate import EvaluateConfig, main, open_loop_table
+from finetune.open_loop import OpenLoopConfig, action_error, evaluate_open_loop, read_clips
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+tiny = SimpleNamespace(**runpy.run_path(str(REPOSITORY / "tests/data_pipeline/tiny_dataset.py")))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.tiny_dataset(tmp_path_factory.mktemp("open_loop") / "dataset", clips=(3, 4, 2, 3))
+
+
+class OffByOne:
+    """Predicts the recorded actions, one unit off; blind, two units."""
+
+    def __init__(self, folder: Path, blind: bool) -> None:
+        self.normalizer = DatasetIndex(folder).normalizer("arm", "actions_absolute", "quantile")
+        self.config = SimpleNamespace(loader=LoaderConfig(dataset=folder))
+        self.is_blind = blind
+
+    @classmethod
+    def load(cls, folder: Path, blind: bool = False) -> "OffByOne":
+        return cls(folder, blind)
+
+    def predict_chunk(self, batch: dict[str, Any]) -> np.ndarray:
+        assert ("video" in batch) == self.is_blind
+        assert self.normalizer is not None
+        return self.normalizer.unnormalize(batch["actions"][:, :6].numpy()) + (2 if self.is_blind else 1)
+
+
+def test_errors_of_a_policy_beside_those_of_no_model(dataset: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "finetune.policy", SimpleNamespace(Policy=OffByOne))
+    results = evaluate_open_loop(OpenLoopConfig(dataset=dataset, batch_size=2), ("policy", "blind"), dataset, None)
+    errors = results["action_error"]
+    assert results["horizon"] == 6  # of the clip's 8: as far as the policy's chunk reaches
+    assert errors["policy"]["l1"] == errors["policy"]["mse"] == pytest.approx(1, abs=1e-4)
+    assert errors["blind"]["mse"] == pytest.approx(4, abs=1e-3)
+    assert errors["policy"]["l1_by_dimension"] == pytest.approx({"x": 1, "y": 1, "gripper": 1}, abs=1e-4)
+    assert "hold_proprio" not in errors  # actions and proprio are not the same quantities
+    # every row of clip c of episode e holds 100 e + c, so the action before clip c > 0 is one less
+    index = DatasetIndex(dataset)
+    clips = read_clips(index, OpenLoopConfig(), "arm", np.full(3, -1, np.float32))
+    first = clips.actions[:, 0, 0] % 100 == 0
+    assert 0 < first.sum() < len(first)
+    np.testing.assert_array_equal(clips.last_action[~first], clips.actions[~first, 0] - 1)
+    np.testing.assert_array_equal(clips.last_action[first], -1)
+    mean = np.array(index.norm_stats["embodiments"]["arm"]["actions_absolute"]["mean"])
+    assert errors["mean_action"]["l1"] == pytest.approx(np.abs(clips.actions - mean).mean(), rel=1e-5)
+    assert "policy" in open_loop_table(results)
+
+
+def test_behaviour_cloning_is_a_row_and_the_command_writes_results(dataset: Path, tmp_path: Path):
+    network = NetworkConfig(channels=8, width=16)
+    train_behaviour_cloning(
+        BehaviourCloningConfig(
+            dataset=dataset, output=tmp_path / "bc", action_horizon=4, steps=2, batch_size=4, network=network
+        )
+    )
+    settings = {"dataset": dataset}
+    main(
+        EvaluateConfig.model_validate(
+            {
+                "mode": "open_loop",
+                "rows": ["bc"],
+                "behaviour_cloning": tmp_path / "bc",
+                "output": tmp_path / "out",
+                "open_loop": settings,
+            }
+        )
+    )
+    assert '"bc"' in (tmp_path / "out/results.json").read_text()
+
+
+def test_action_error_counts_valid_rows_only():
+    truth = np.zeros((2, 3, 2), np.float32)
+    predicted = np.ones_like(truth) * np.array([1, 4], np.float32)
+    predicted[1] = 1000
+    is_valid = np.array([[True, True, False], [False, False, False]])
+    errors = action_error(predicted, truth, is_valid, np.array([1.0, 4.0]), ("a", "b"))
+    assert (errors["l1"], errors["mse"]) == (2.5, 8.5)
+    assert (errors["l1_normalised"], errors["mse_normalised"]) == (1, 1)
+    assert errors["l1_by_dimension"] == {"a": 1, "b": 4}
+
+
+def test_bad_input_is_one_sentence(dataset: Path, tmp_path: Path):
+    with pytest.raises(UserError, match=r"needs open_loop\.dataset"):
+        evaluate_open_loop(OpenLoopConfig(), (), None, None)
+    with pytest.raises(UserError, match="no such folder"):
+        evaluate_open_loop(OpenLoopConfig(dataset=tmp_path / "absent"), (), None, None)
+    with pytest.raises(UserError, match="no robot 'hand'"):
+        evaluate_open_loop(OpenLoopConfig(dataset=dataset, embodiment="hand"), (), None, None)
+    only_training = tiny.tiny_dataset(tmp_path / "one_episode", clips=(2,))
+    with pytest.raises(UserError, match="hold out episodes"):
+        evaluate_open_loop(OpenLoopConfig(dataset=only_training), (), None, None)
+
+
+def test_another_codec_is_refused(dataset: Path, tmp_path: Path):
+    import yaml
+
+    other = tmp_path / "export"
+    other.mkdir()
+    info = yaml.safe_load((dataset / "dataset.yaml").read_text())
+    info["codec"]["weight_hash"] = "0" * 64
+    (other / "dataset.yaml").write_text(yaml.safe_dump(info))
+    (other / "norm_stats.json").write_text((dataset / "norm_stats.json").read_text())
+    with pytest.raises(UserError, match="another codec"):
+        evaluate_open_loop(OpenLoopConfig(dataset=dataset), ("policy",), other, None)
+
+
+def test_torch_is_left_without_gradients(dataset: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "finetune.policy", SimpleNamespace(Policy=OffByOne))
+    evaluate_open_loop(OpenLoopConfig(dataset=dataset), ("policy",), dataset, None)
+    assert torch.is_grad_enabled()
