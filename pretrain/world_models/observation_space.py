@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from data_pipeline.encoders.base import VideoCodec
     from data_pipeline.loader import DatasetIndex
 
+MIN_RESIDUAL_STD = 1e-2
+
 CONTEXT, FUTURE = "context_latents", "noised_latents"
 
 VISIBILITY: Visibility = {
@@ -258,6 +260,7 @@ def resolve(config: ObservationSpaceConfig, dataset: DatasetIndex) -> Observatio
         update={
             "action_dim": max(dataset.action_dim, 1) if config.action_dim is None else config.action_dim,
             "actions_per_latent": config.actions_per_latent or max(dataset.actions_per_latent, 1),
-            "residual_std": config.residual_std or dataset.residual_std,
+            # a dataset in which nothing moves has none, and nothing may be divided by it
+            "residual_std": config.residual_std or max(dataset.residual_std, MIN_RESIDUAL_STD),
         }
     )

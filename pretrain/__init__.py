@@ -1,0 +1,1 @@
+"""Pretraining: shards of encoded clips -> a world model. Reads `data_pipeline`, is read by `finetune`."""

@@ -1,0 +1,135 @@
+"""What a run measured: `metrics.jsonl`, always, and the line that a person watches.
+
+A row is one JSON object with `step` and `split` ("train" or "validation"). Floats are written with all their digits,
+so that two runs can be compared for equality; a number that is not finite becomes null, which keeps the file JSON.
+"""
+
+import json
+import logging
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+
+class MetricsLog:
+    """Appends rows to `metrics.jsonl`; rank 0 writes, for the others it is silent.
+
+    Opening it at a step drops the rows after that step, and the half line that a kill may have left: a resumed run
+    takes those steps again, and its curve is the uninterrupted one.
+    """
+
+    def __init__(self, path: Path, resumed_step: int, is_main: bool) -> None:
+        self._file = None
+        if is_main:
+            _truncate(path, resumed_step)
+            self._file = path.open("a", encoding="utf-8")
+
+    def write(self, row: Mapping[str, Any] | None) -> None:
+        """Appends a row; None, for what could not be measured, writes nothing."""
+        if self._file is not None and row is not None:
+            self._file.write(json.dumps({key: _finite(value) for key, value in row.items()}, allow_nan=False) + "\n")
+            self._file.flush()  # a run that is killed keeps every row it logged
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows in order, without a half-written last one."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _truncate(path: Path, last_step: int) -> None:
+    if not path.exists():
+        return
+    kept = [row for row in read_metrics(path) if row["step"] <= last_step]
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class StepTimer:
+    """Time per step, samples per second and the share of time spent waiting for data, since it was last read."""
+
+    def __init__(self, samples_per_step: int) -> None:
+        self.samples_per_step = samples_per_step
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets what was measured: call it after work that is not a step."""
+        self._since = time.perf_counter()
+        self._waited_s = 0.0
+        self._steps = 0
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._waited_s += time.perf_counter() - start
+
+    def count_step(self) -> None:
+        self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        elapsed_s = time.perf_counter() - self._since
+        step_s = elapsed_s / max(1, self._steps)
+        row = {
+            "step_s": step_s,
+            "samples_per_s": self.samples_per_step / step_s,
+            "data_wait_share": self._waited_s / elapsed_s,
+        }
+        self.restart()
+        return row
+
+
+def peak_memory() -> dict[str, float]:
+    """Most memory this process has used so far, in gigabytes: resident in RAM and, where there is one, on its GPU."""
+    # Linux counts ru_maxrss in KiB, macOS in bytes.
+    bytes_per_unit = 1 if sys.platform == "darwin" else 1024
+    peaks = {"peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * bytes_per_unit / 1e9}
+    if torch.cuda.is_available():
+        peaks["peak_gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    return peaks
+
+
+class Progress:
+    """One line that renews itself on a terminal; elsewhere a log line."""
+
+    def __init__(self, num_steps: int, is_main: bool) -> None:
+        self.num_steps = num_steps
+        self.is_main = is_main
+        self._is_terminal = sys.stderr.isatty()
+
+    def show(self, row: Mapping[str, Any]) -> None:
+        if not self.is_main:
+            return
+        left_s = (self.num_steps - row["step"]) * row["step_s"]
+        text = (
+            f"step {row['step']}/{self.num_steps}  loss {row['loss']:.4f}  lr {row['lr']:.1e}  "
+            f"{row['step_s']:.2f} s/step  {left_s / 60:.1f} min left"
+        )
+        if self._is_terminal:
+            sys.stderr.write(f"\r\x1b[K{text}")
+            sys.stderr.flush()
+        else:
+            logger.info(text)
+
+    def finish(self) -> None:
+        if self.is_main and self._is_terminal:
+            sys.stderr.write("\n")

@@ -1,0 +1,86 @@
+"""Imagined futures of held-out clips beside the real ones, to look at.
+
+    python -m pretrain.rollout --checkpoint runs/demo/pretrain/export --dataset runs/demo/dataset --output rollouts
+
+Writes one mp4 per clip (left real, right imagined) and `strips.png`: per clip a row of real frames, a row of imagined
+ones, and a row imagined under another clip's actions.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image
+from pydantic import Field
+
+from configs.loader import StrictConfig, run_command
+from data_pipeline.loader import DatasetIndex
+from data_pipeline.video_io import encode_video
+
+from .evaluate import check_same_codec, imagine, validation_batches
+from .exported import load_world_model
+
+logger = logging.getLogger(__name__)
+
+GAP = 4  # white pixels between the rows of one clip; three times as many between clips
+
+
+class RolloutConfig(StrictConfig):
+    """Pictures of what a world model imagines."""
+
+    checkpoint: Path = Field(description="export/ folder of a pretraining run")
+    dataset: Path = Field(description="dataset folder whose validation split is imagined")
+    output: Path = Field(description="folder for the mp4 files and strips.png")
+    num_clips: int = Field(6, ge=2, description="clips to imagine")
+    num_draws: int = Field(4, ge=1, description="noises averaged in each mean prediction")
+    enlarge: int = Field(2, ge=1, description="each pixel becomes so many in the pictures")
+    seed: int = Field(0, ge=0, description="which clips, and their noise")
+
+
+def main(config: RolloutConfig) -> None:
+    world_model, model_config, described = load_world_model(config.checkpoint)
+    index = DatasetIndex(config.dataset)
+    check_same_codec(index, described.info.codec.weight_hash, config.checkpoint)
+    generator = torch.Generator().manual_seed(config.seed)
+    (batch,) = validation_batches(index, model_config.loader, config.num_clips, config.num_clips, config.seed)
+    context_frames = world_model.context_frames
+    real = batch["video"].numpy()
+    shuffled = batch["actions"].roll(len(real) // 2, 0)
+    imagined = [
+        np.concatenate(
+            [real[:, :context_frames], imagine(world_model, batch, actions, config.num_draws, generator)], axis=1
+        )
+        for actions in (batch["actions"], shuffled)
+    ]
+    config.output.mkdir(parents=True, exist_ok=True)
+    for number, (true, predicted) in enumerate(zip(real, imagined[0], strict=True)):
+        side_by_side = enlarged(np.concatenate([true, predicted], axis=2), config.enlarge)
+        encode_video(side_by_side, config.output / f"clip_{number:03d}.mp4", index.fps)
+    picture = strips([real, *imagined], num_columns=9)
+    Image.fromarray(enlarged(picture[None], config.enlarge)[0]).save(config.output / "strips.png")
+    logger.info("wrote %d clips and strips.png to %s", len(real), config.output)
+
+
+def strips(videos: list[UInt8[np.ndarray, "b f h w 3"]], num_columns: int) -> UInt8[np.ndarray, "height width 3"]:
+    """Per clip one row of frames from each video, the rows of a clip close together."""
+    columns = np.unique(np.linspace(0, videos[0].shape[1] - 1, num_columns).round().astype(int))
+    rows: list[np.ndarray] = []
+    for clip in range(len(videos[0])):
+        for video in videos:
+            row = np.concatenate(list(video[clip, columns]), axis=1)
+            rows += [row, np.full((GAP, row.shape[1], 3), 255, np.uint8)]
+        rows.append(np.full((2 * GAP, rows[0].shape[1], 3), 255, np.uint8))
+    return np.concatenate(rows[:-2])
+
+
+def enlarged(video: UInt8[np.ndarray, "f h w 3"], factor: int) -> UInt8[np.ndarray, "f h2 w2 3"]:
+    """Nearest-neighbour, so that what the model made stays visible."""
+    return video.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
+if __name__ == "__main__":
+    run_command(main, RolloutConfig, description=__doc__)

@@ -1,0 +1,128 @@
+"""What every training command shares: its run folder, its seeds, and how it is asked to stop."""
+
+import logging
+import os
+import signal
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Literal, Self, TypeVar
+
+import numpy as np
+import torch
+
+from configs.loader import StrictConfig, UserError, dump_config, load_config
+
+EXIT_DONE, EXIT_STOPPED = 0, 75  # 75 (EX_TEMPFAIL): stopped cleanly on a signal, start me again
+CONFIG_FILE = "config.yaml"
+AUTO = "auto"
+
+ConfigT = TypeVar("ConfigT", bound=StrictConfig)
+
+
+# --- seeds --------------------------------------------------------------------------------------------------------
+
+Stream = Literal["train", "validation"]
+_STREAMS: dict[Stream, int] = {"train": 0, "validation": 1}
+
+
+def seed_generator(seed: int, step: int, rank: int, device: torch.device, stream: Stream = "train") -> torch.Generator:
+    """All the randomness of one step on one rank: a pure function, so a resumed run draws what it would have drawn.
+
+    The default generators are seeded too, for layers that draw from them (dropout).
+    """
+    words = np.random.SeedSequence([_STREAMS[stream], seed, step, rank]).generate_state(2, np.uint64)
+    torch.manual_seed(int(words[1]))
+    return torch.Generator(device).manual_seed(int(words[0]))
+
+
+# --- the run folder -----------------------------------------------------------------------------------------------
+
+
+def resume_config(run_dir: Path, config: ConfigT, may_change: Collection[str]) -> ConfigT:
+    """The config to go on with: as given, and where it says `auto`, what the run settled on when it started.
+
+    Settings that would have given other results are refused. `may_change` are the dotted keys of those that would not.
+    """
+    path = run_dir / CONFIG_FILE
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"run_dir {run_dir} is a file; choose another run_dir.")
+    if not path.exists():
+        return config
+    stored = dict(_leaves(load_config(type(config), path).model_dump(mode="json", by_alias=True)))
+    here = dict(_leaves(config.model_dump(mode="json", by_alias=True)))
+    different = {key for key in stored.keys() | here.keys() if stored.get(key) != here.get(key)}
+    settled = {key for key in different if here.get(key) == AUTO}
+    for key in sorted(different - settled - set(may_change)):
+        raise UserError(
+            f"{key} is {here.get(key)}, but {run_dir} was started with {stored.get(key)} ({path}), and resuming would "
+            f"mix the two; set {key}={stored.get(key)} to go on, or choose another run_dir."
+        )
+    return _with_leaves(config, {key: stored[key] for key in settled})
+
+
+def write_config(run_dir: Path, config: StrictConfig) -> None:
+    """The resolved config, whole or not at all: it is enough to run again."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        partial = run_dir / f".tmp-{CONFIG_FILE}"
+        partial.write_text(dump_config(config))
+    except OSError as error:
+        raise UserError(f"run_dir {run_dir} cannot be written ({error.strerror}); choose another run_dir.") from None
+    os.replace(partial, run_dir / CONFIG_FILE)
+
+
+def _with_leaves(config: ConfigT, values: Mapping[str, Any]) -> ConfigT:
+    data = config.model_dump(mode="json", by_alias=True)
+    for key, value in values.items():
+        *path, last = key.split(".")
+        section = data
+        for name in path:
+            section = section[name]
+        section[last] = value
+    return type(config).model_validate(data)
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{key}.{name}" if key else name)
+    else:
+        yield key, value
+
+
+# --- stop requests ------------------------------------------------------------------------------------------------
+
+
+class StopSignal:
+    """SIGTERM and SIGUSR2 set `requested`; the loop looks at it where a step ends, when it can save and leave.
+
+    SIGUSR2 is what SLURM is asked to send some time before it ends a job (`--signal=USR2@300`).
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> Self:
+        self._previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True  # and nothing else: a handler may interrupt anything
+
+
+# --- logging ------------------------------------------------------------------------------------------------------
+
+
+def log_on_main_rank_only() -> None:
+    """Every rank runs the same code; one telling of what happens is enough. Warnings come from all."""
+    if os.environ.get("RANK", "0") != "0":
+        logging.getLogger().setLevel(logging.WARNING)

@@ -1,0 +1,94 @@
+"""What a training loop does in a step, besides the engine's part: shared by pretraining and fine-tuning."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.loader import UserError
+
+from .ema import ExponentialMovingAverage
+from .engine import Engine, StepReport
+from .metrics import StepTimer, peak_memory
+from .run import seed_generator
+from .world_models.base import Batch
+
+
+@dataclass
+class TrainState:
+    """Where a run stands; with the weights and optimizer states, all there is to resume from."""
+
+    step: int = 0
+    skipped_steps: int = 0
+    samples_seen: int = 0  # the data cursor: it means the same on any number of ranks
+
+
+def check_micro_batches(global_batch_size: int, engine: Engine) -> None:
+    parts = engine.world_size * engine.grad_accum_steps
+    if global_batch_size % parts:
+        raise UserError(
+            f"loader.global_batch_size={global_batch_size} cannot be cut equally for {engine.world_size} rank(s) with "
+            f"engine.grad_accum_steps={engine.grad_accum_steps}; choose a multiple of {parts}."
+        )
+
+
+def forward_backward(engine: Engine, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+    """Gradients of this rank's part of a global batch; returns its mean losses, still on the device."""
+    losses: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=engine.device))
+    for micro_batch in split_batch(batch, engine.grad_accum_steps):
+        terms = engine.forward_loss(micro_batch, generator)
+        engine.backward(terms.total)
+        losses["loss"] += terms.total.detach() / engine.grad_accum_steps
+        for name, part in terms.parts.items():
+            losses[f"loss/{name}"] += part.detach() / engine.grad_accum_steps
+    return losses
+
+
+def split_batch(batch: Batch, num_parts: int) -> Iterator[Batch]:
+    """Equal micro-batches, in order; tensors and lists have a row per sample."""
+    num_samples = len(next(iter(batch.values())))
+    size = num_samples // num_parts
+    for start in range(0, num_samples, size):
+        yield {name: rows[start : start + size] for name, rows in batch.items()}
+
+
+def train_row(
+    engine: Engine, state: TrainState, losses: dict[str, Tensor], report: StepReport, timer: StepTimer
+) -> dict[str, Any]:
+    """This very step's losses, averaged over ranks, and how fast the steps since the last row were. Collective."""
+    values = engine.mean_across_ranks({name: loss.item() for name, loss in losses.items()})  # waits for the device
+    return {
+        "step": state.step,
+        "split": "train",
+        **values,
+        "lr": report.lr,
+        "grad_norm": report.grad_norm,
+        "skipped_steps": state.skipped_steps,
+        "samples_seen": state.samples_seen,
+        **timer.read(),
+        **peak_memory(),
+    }
+
+
+def validation_row(
+    engine: Engine, ema: ExponentialMovingAverage, batches: Iterable[Batch], *, num_batches: int, seed: int, step: int
+) -> dict[str, Any] | None:
+    """Losses of the averaged weights on the first `num_batches`, with the same noise every time. Collective.
+
+    None where there are no batches: not every dataset has a validation split.
+    """
+    losses: dict[str, list[float]] = defaultdict(list)
+    with ema.swap_in(engine), engine.evaluating():
+        for number, batch in zip(range(num_batches), batches, strict=False):
+            generator = seed_generator(seed, number, engine.rank, engine.device, "validation")
+            terms = engine.forward_loss(batch, generator)
+            losses["loss"].append(terms.total.item())
+            for name, part in terms.parts.items():
+                losses[f"loss/{name}"].append(part.item())
+    if not losses:
+        return None
+    means = engine.mean_across_ranks({name: sum(values) / len(values) for name, values in losses.items()})
+    return {"step": step, "split": "validation", **means}

@@ -1,0 +1,205 @@
+"""Pretrains a world model on a dataset folder, and resumes by itself from `run_dir`.
+
+    python -m pretrain.train --config C                                       one process
+    torchrun --standalone --nproc-per-node 2 -m pretrain.train --config C     two ranks on this machine
+
+Writes config.yaml, metrics.jsonl, checkpoints/ and, at the end, export/ (averaged weights with everything they need)
+into `run_dir`. Exit codes: 0 done; 75 stopped on SIGTERM or SIGUSR2 after saving, start it again to go on.
+
+A step is a pure function of the weights and (seed, step, rank), and the data order one of (seed, step): a run that was
+killed and started again takes the very steps that it would have taken.
+"""
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from configs.loader import StrictConfig, dump_config, run_command
+from data_pipeline.dataset import CODEC, DATASET_YAML, NORM_STATS, TEXT_ENCODER, Split
+from data_pipeline.loader import DatasetIndex, Loader, LoaderConfig
+
+from .checkpoint import load_checkpoint, save_checkpoint, write_export
+from .ema import ExponentialMovingAverage
+from .engine import Engine, EngineConfig, OptimizerConfig, create_engine, learning_rate
+from .exported import WorldModelConfig
+from .metrics import MetricsLog, Progress, StepTimer
+from .run import (
+    EXIT_DONE,
+    EXIT_STOPPED,
+    StopSignal,
+    log_on_main_rank_only,
+    resume_config,
+    seed_generator,
+    write_config,
+)
+from .steps import TrainState, check_micro_batches, forward_backward, train_row, validation_row
+from .world_models.base import Batch
+from .world_models.observation_space import ObservationSpaceConfig, build_world_model
+
+logger = logging.getLogger(__name__)
+
+
+class TrainConfig(StrictConfig):
+    """What every training run has; pretraining and fine-tuning add their models."""
+
+    run_dir: Path = Field(description="folder of this run; a run that is already there is resumed")
+    seed: int = Field(0, ge=0, description="of the weights' start and of every step's noise")
+    num_steps: int = Field(gt=0, description="optimizer updates")
+    loader: LoaderConfig
+    engine: EngineConfig = EngineConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="of the averaged weights, which are what is exported")
+    checkpoint_every: int = Field(500, gt=0, description="steps between checkpoints")
+    keep_last: int = Field(2, gt=0, description="newest checkpoints to keep")
+    validate_every: int = Field(500, gt=0, description="steps between losses on the validation split")
+    validation_batches: int = Field(4, gt=0, description="global batches of a validation loss, always the same ones")
+    log_every: int = Field(10, gt=0, description="steps between rows of metrics.jsonl")
+
+
+class PretrainConfig(TrainConfig):
+    """One pretraining run."""
+
+    model: ObservationSpaceConfig
+
+
+# A resumed run may differ in these: they leave the losses as they are.
+MAY_CHANGE = frozenset(
+    {"run_dir", "checkpoint_every", "keep_last", "validate_every", "validation_batches", "log_every"}
+    | {"loader.num_workers", "loader.prefetch_factor", "loader.cache_mb", "loader.check_sha256", "engine.timeout_s"}
+)
+
+
+TrainConfigT = TypeVar("TrainConfigT", bound=TrainConfig)
+
+
+class OpenBatches(Protocol):
+    """Gives this rank's batches of a split, from a step on; none where the split is empty."""
+
+    def __call__(self, split: Split, rank: int, world_size: int, start_step: int) -> Iterable[Batch]: ...
+
+
+def main(config: PretrainConfig) -> int:
+    log_on_main_rank_only()
+    config = resume_run(config)
+    index = DatasetIndex(config.loader.dataset)
+    torch.manual_seed(config.seed)  # every rank starts from the same weights
+    world_model = build_world_model(config.model, index)
+    model_yaml = dump_config(WorldModelConfig(world_model=world_model.config, loader=config.loader))
+    with StopSignal() as stop:
+        return train(config, world_model, model_yaml, dataset_batches(index, config.loader), stop, export_files(index))
+
+
+def resume_run(config: TrainConfigT) -> TrainConfigT:
+    """The config to run with: one that would change the losses of a run that is already there is refused."""
+    may_change = MAY_CHANGE | ({"num_steps"} if config.optimizer.decay_steps else set())
+    return resume_config(config.run_dir, config, may_change)
+
+
+def dataset_batches(index: DatasetIndex, config: LoaderConfig) -> OpenBatches:
+    def open_batches(split: Split, rank: int, world_size: int, start_step: int) -> Iterable[Batch]:
+        if not len(index.indices(split, only_with_actions=config.only_with_actions)):
+            return []
+        return Loader(index, config.model_copy(update={"split": split}), rank, world_size, start_step)
+
+    return open_batches
+
+
+def export_files(index: DatasetIndex) -> list[Path]:
+    """What of a dataset an export needs, to encode observations and scale actions as in training."""
+    return [index.path / name for name in (DATASET_YAML, NORM_STATS, CODEC, TEXT_ENCODER)]
+
+
+def train(
+    config: TrainConfig,
+    model: nn.Module,
+    model_yaml: str,
+    open_batches: OpenBatches,
+    stop: StopSignal,
+    export_with: Sequence[Path] = (),
+) -> int:
+    """The training loop. `model_yaml` describes the model to whoever loads its weights."""
+    engine = create_engine(config.engine, model, config.optimizer)
+    check_micro_batches(config.loader.global_batch_size, engine)
+    if engine.is_main:
+        settled = config.engine.model_copy(update={"precision": engine.precision})
+        write_config(config.run_dir, config.model_copy(update={"engine": settled}))
+    engine.barrier()
+    ema = ExponentialMovingAverage(engine, config.ema_decay)
+    checkpoints = config.run_dir / "checkpoints"
+    state = resume(checkpoints, engine, ema)
+    log_start(engine, state, config)
+    metrics = MetricsLog(config.run_dir / "metrics.jsonl", state.step, engine.is_main)
+    progress = Progress(config.num_steps, engine.is_main)
+    timer = StepTimer(config.loader.global_batch_size)
+    batches = iter(open_batches("train", engine.rank, engine.world_size, state.step))
+
+    while state.step < config.num_steps:
+        step = state.step + 1
+        with timer.waiting_for_data():
+            batch = next(batches)
+        generator = seed_generator(config.seed, step, engine.rank, engine.device)
+        losses = forward_backward(engine, batch, generator)
+        report = engine.step(learning_rate(config.optimizer, step, config.num_steps))
+        if report.was_applied:
+            ema.update(engine, step)
+        else:
+            state.skipped_steps += 1
+            logger.warning("step %d skipped: its gradients are not finite (%d so far)", step, state.skipped_steps)
+        state.step, state.samples_seen = step, step * config.loader.global_batch_size
+        timer.count_step()
+
+        # Rows of a step come before its checkpoint: a run resumed there has them.
+        if step % config.log_every == 0:
+            row = train_row(engine, state, losses, report, timer)
+            metrics.write(row)
+            progress.show(row)
+        is_last = step == config.num_steps
+        if step % config.validate_every == 0 or is_last:
+            metrics.write(validate(config, engine, ema, open_batches, step))
+            timer.restart()
+        is_stopping = engine.any_rank(stop.requested)
+        if step % config.checkpoint_every == 0 or is_last or is_stopping:
+            texts = {"model.yaml": model_yaml}
+            save_checkpoint(checkpoints, engine, ema, asdict(state), texts=texts, keep_last=config.keep_last)
+            timer.restart()
+        if is_stopping and not is_last:
+            logger.info("stopped on request after step %d; start the same command again to go on", step)
+            return EXIT_STOPPED
+
+    progress.finish()
+    write_export(config.run_dir / "export", engine, ema, {"model.yaml": model_yaml}, export_with)
+    logger.info("exported to %s", config.run_dir / "export")
+    metrics.close()
+    engine.close()
+    return EXIT_DONE
+
+
+def validate(
+    config: TrainConfig, engine: Engine, ema: ExponentialMovingAverage, open_batches: OpenBatches, step: int
+) -> dict[str, Any] | None:
+    batches = open_batches("validation", engine.rank, engine.world_size, 0)
+    return validation_row(engine, ema, batches, num_batches=config.validation_batches, seed=config.seed, step=step)
+
+
+def resume(checkpoints: Path, engine: Engine, ema: ExponentialMovingAverage) -> TrainState:
+    stored = load_checkpoint(checkpoints, engine, ema)
+    return TrainState() if stored is None else TrainState(**stored)
+
+
+def log_start(engine: Engine, state: TrainState, config: TrainConfig) -> None:
+    size = sum(parameter.numel() for parameter in engine.full_parameters().values())
+    logger.info(
+        "%s on %d %s rank(s), %s, %.2f M parameters, from step %d to %d in %s",
+        *(config.engine.kind, engine.world_size, engine.device.type, engine.precision, size / 1e6),
+        *(state.step, config.num_steps, config.run_dir),
+    )
+
+
+if __name__ == "__main__":
+    run_command(main, PretrainConfig, description=__doc__)

@@ -1,0 +1,190 @@
+"""Every engine takes the step that one process would take on the whole global batch."""
+
+import json
+import math
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configs.loader import UserError
+from pretrain.engine import EngineConfig, OptimizerConfig, create_engine, learning_rate
+from pretrain.engine.deepspeed import deepspeed_config
+from pretrain.engine.optimizer import build_optimizer
+from pretrain.engine.ranks import join_ranks, resolve_precision
+
+SCRIPT = Path(__file__).with_name("engine_ranks.py")
+FP32_ENGINES = ["deepspeed_1", "deepspeed_2", "deepspeed_3", "ddp", "fsdp2"]
+NUM_STEPS, SAVED_STEP, NAN_STEP, SCHEDULE_STEPS = 5, 3, 4, 10
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What two ranks saw under every engine."""
+    out = tmp_path_factory.mktemp("engines") / "seen.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", SCRIPT, out]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module")
+def reference() -> SimpleNamespace:
+    """A plain torch loop in one process on whole global batches."""
+    tiny = runpy.run_path(str(SCRIPT.with_name("tiny_training.py")))
+    config = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, max_grad_norm=0.5)
+    model = tiny["build_tiny_model"](noise=0.0)
+    optimizer = build_optimizer(config, model)
+    rows = []
+    for step in range(1, NUM_STEPS + 1):
+        loss = model.loss({"latents": tiny["global_batch"](step)}, torch.Generator()).total
+        if step != NAN_STEP:
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = learning_rate(
+                config, step, SCHEDULE_STEPS
+            )
+            optimizer.step()
+            optimizer.zero_grad()
+        rows.append({"loss": loss.item(), "grad_norm": norm.item()})
+        if step == SAVED_STEP:
+            weights = {name: value.double().sum().item() for name, value in model.state_dict().items()}
+    return SimpleNamespace(rows=rows, weights=weights)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FP32_ENGINES)
+def test_matches_one_process_on_the_global_batch(name: str, seen: dict[str, Any], reference: SimpleNamespace) -> None:
+    for number, (row, expected) in enumerate(zip(seen[name]["rows"], reference.rows, strict=True), start=1):
+        if number != NAN_STEP:
+            assert row["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+            assert row["grad_norm"] == pytest.approx(expected["grad_norm"], abs=1e-5)
+    assert seen[name]["weights"] == pytest.approx(reference.weights, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*FP32_ENGINES, "deepspeed_1_bf16"])
+def test_skips_a_step_that_is_not_finite_on_one_rank(name: str, seen: dict[str, Any]) -> None:
+    assert [row["was_applied"] for row in seen[name]["rows"]] == [step != NAN_STEP for step in range(1, NUM_STEPS + 1)]
+    assert seen[name]["rows"][NAN_STEP - 1]["grad_norm"] == math.inf
+    assert math.isfinite(seen[name]["rows"][NAN_STEP]["loss"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*FP32_ENGINES, "deepspeed_1_bf16"])
+def test_resumes_to_the_last_digit(name: str, seen: dict[str, Any]) -> None:
+    rows, resumed = seen[name]["rows"], seen[name]["resumed_rows"]
+    assert repr(resumed) == repr(rows[SAVED_STEP:])  # repr: one loss is NaN, which equals nothing
+
+
+@pytest.mark.slow
+def test_validation_with_averaged_weights_is_the_same_under_every_engine(seen: dict[str, Any]) -> None:
+    losses = [seen[name]["validation"] for name in FP32_ENGINES]
+    assert losses == pytest.approx([losses[0]] * len(losses), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_bf16_computes_close_to_fp32_and_keeps_fp32_weights(seen: dict[str, Any]) -> None:
+    losses = [row["loss"] for row in seen["deepspeed_1_bf16"]["rows"][:SAVED_STEP]]
+    expected = [row["loss"] for row in seen["deepspeed_1"]["rows"][:SAVED_STEP]]
+    assert losses != expected and losses == pytest.approx(expected, rel=0.05)
+    folder_sums = seen["deepspeed_1_bf16"]["weights"]
+    assert folder_sums == pytest.approx(seen["deepspeed_1"]["weights"], abs=0.1)
+
+
+@pytest.mark.slow
+def test_ranks_agree_on_a_flag(seen: dict[str, Any]) -> None:
+    assert all(observed["any_rank"] == [True, False] for observed in seen.values())
+
+
+def test_refuses_the_states_of_another_engine(tmp_path: Path) -> None:
+    config = EngineConfig(kind="accelerate", device="cpu", precision="fp32")
+    engine = create_engine(config, torch.nn.Linear(2, 2), OptimizerConfig())
+    (tmp_path / "layout.json").write_text('{"engine.kind": "deepspeed", "number of ranks": 4}')
+    with pytest.raises(UserError, match=r"engine\.kind = deepspeed, but this run has accelerate.*run_dir"):
+        engine.load(tmp_path)
+
+
+def test_step_needs_all_its_micro_batches() -> None:
+    config = EngineConfig(kind="accelerate", device="cpu", precision="fp32", grad_accum_steps=2)
+    engine = create_engine(config, torch.nn.Linear(2, 2), OptimizerConfig())
+    with pytest.raises(RuntimeError, match="after 0 backward passes, expected 2"):
+        engine.step(1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu_is_refused() -> None:
+    with pytest.raises(UserError, match=r"engine\.device"):
+        create_engine(EngineConfig(device="cuda"), torch.nn.Linear(2, 2), OptimizerConfig())
+
+
+def test_deepspeed_json_follows_from_the_config() -> None:
+    config = EngineConfig(zero_stage=2, grad_accum_steps=3)
+    rendered = deepspeed_config(config, OptimizerConfig(max_grad_norm=0.7), "bf16")
+    assert rendered["zero_optimization"]["stage"] == 2
+    assert rendered["gradient_accumulation_steps"] == 3
+    assert rendered["gradient_clipping"] == 0.7
+    assert rendered["torch_autocast"]["enabled"] is True
+    assert json.loads(json.dumps(rendered)) == rendered
+
+
+# --- learning rate ------------------------------------------------------------------------------------------------
+
+
+@given(
+    peak=st.floats(1e-6, 1.0),
+    share=st.floats(0, 1),
+    warmup=st.integers(0, 50),
+    num_steps=st.integers(1, 500),
+    step=st.integers(1, 1000),
+)
+def test_learning_rate_stays_between_its_bounds(
+    peak: float, share: float, warmup: int, num_steps: int, step: int
+) -> None:
+    config = OptimizerConfig(learning_rate=peak, min_learning_rate=peak * share, warmup_steps=warmup)
+    value = learning_rate(config, step, num_steps)
+    assert 0 < value <= peak * (1 + 1e-9) or (share == 0 and value >= 0)
+    if step >= max(warmup, num_steps):
+        assert value == pytest.approx(peak * share) or warmup >= num_steps
+    elif step >= warmup:
+        assert value >= learning_rate(config, step + 1, num_steps)
+
+
+def test_learning_rate_warms_up_linearly_and_ends_at_its_minimum() -> None:
+    config = OptimizerConfig(learning_rate=1.0, min_learning_rate=0.1, warmup_steps=4)
+    assert [learning_rate(config, step, 100) for step in (1, 2, 4)] == [0.25, 0.5, 1.0]
+    assert learning_rate(config, 52, 100) == pytest.approx(0.55)
+    assert learning_rate(config, 100, 100) == pytest.approx(0.1)
+
+
+def test_decay_steps_frees_the_schedule_from_num_steps() -> None:
+    config = OptimizerConfig(decay_steps=50)
+    assert learning_rate(config, 30, 100) == learning_rate(config, 30, 1000)
+
+
+def test_vectors_are_not_decayed() -> None:
+    groups = build_optimizer(OptimizerConfig(weight_decay=0.1), torch.nn.Linear(3, 3)).param_groups
+    assert [(group["weight_decay"], group["params"][0].ndim) for group in groups] == [(0.1, 2), (0.0, 1)]
+
+
+# --- precision ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="a processor without bf16 is never measured")
+@pytest.mark.parametrize(("bf16_s", "expected"), [(0.2, "bf16"), (0.9, "fp32"), (2.0, "fp32")])
+def test_auto_precision_is_what_is_faster(bf16_s: float, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {torch.float32: 1.0, torch.bfloat16: bf16_s}
+    monkeypatch.setattr("pretrain.engine.ranks._matmul_s", seconds.__getitem__)
+    assert resolve_precision("auto", join_ranks("cpu", timeout_s=60)) == expected
+
+
+def test_precision_that_is_asked_for_is_taken() -> None:
+    ranks = join_ranks("cpu", timeout_s=60)
+    assert [resolve_precision(precision, ranks) for precision in ("bf16", "fp32")] == ["bf16", "fp32"]

@@ -1,0 +1,66 @@
+"""metrics.jsonl: every digit, one continuous curve, no half lines."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pretrain.metrics import MetricsLog, Progress, StepTimer, peak_memory, read_metrics
+
+
+@given(value=st.floats(allow_nan=False, allow_infinity=False))
+def test_floats_round_trip_to_the_last_digit(value: float, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("metrics") / "metrics.jsonl"
+    MetricsLog(path, 0, True).write({"step": 1, "loss": value})
+    MetricsLog(path, 1, True).close()  # rewritten on resume: still the same digits
+    assert repr(read_metrics(path)[0]["loss"]) == repr(value)
+
+
+def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    MetricsLog(path, 0, True).write({"step": 1, "loss": float("nan"), "grad_norm": float("inf")})
+    assert json.loads(path.read_text()) == {"step": 1, "loss": None, "grad_norm": None}
+
+
+def test_resume_drops_rows_after_the_step_and_a_half_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path, 0, True)
+    for step in range(1, 6):
+        log.write({"step": step})
+    log.close()
+    path.write_text(path.read_text() + '{"step": 6, "lo')
+    resumed = MetricsLog(path, 3, True)
+    resumed.write({"step": 4, "again": True})
+    assert read_metrics(path) == [{"step": 1}, {"step": 2}, {"step": 3}, {"step": 4, "again": True}]
+
+
+def test_only_the_main_rank_writes(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0, is_main=False)
+    log.write({"step": 1})
+    log.close()
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_timer_measures_steps_and_waiting() -> None:
+    timer = StepTimer(samples_per_step=10)
+    for _ in range(2):
+        with timer.waiting_for_data():
+            time.sleep(0.02)
+        timer.count_step()
+    row = timer.read()
+    assert row["step_s"] >= 0.02
+    assert row["samples_per_s"] == pytest.approx(10 / row["step_s"])
+    assert 0.5 < row["data_wait_share"] <= 1
+
+
+def test_peak_memory_is_in_gigabytes() -> None:
+    assert 0.01 < peak_memory()["peak_memory_gb"] < 1000
+
+
+def test_progress_logs_lines_where_there_is_no_terminal(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    Progress(num_steps=100, is_main=True).show({"step": 40, "loss": 0.25, "lr": 1e-3, "step_s": 2.0})
+    assert "step 40/100" in caplog.text and "2.0 min left" in caplog.text

@@ -1,0 +1,89 @@
+"""The run folder, the seeds of a step, and the request to stop."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configs.loader import StrictConfig, UserError, load_config
+from pretrain.run import StopSignal, resume_config, seed_generator, write_config
+
+CPU = torch.device("cpu")
+numbers = st.integers(0, 10**6)
+
+
+class Inner(StrictConfig):
+    lr: float = 1e-3
+    workers: int = 0
+    precision: str = "auto"
+
+
+class RunConfig(StrictConfig):
+    run_dir: Path
+    inner: Inner = Inner()
+
+
+@given(seed=numbers, step=numbers, rank=numbers)
+def test_a_step_draws_the_same_numbers_again(seed: int, step: int, rank: int) -> None:
+    first = torch.rand(4, generator=seed_generator(seed, step, rank, CPU)), torch.rand(4)
+    again = torch.rand(4, generator=seed_generator(seed, step, rank, CPU)), torch.rand(4)
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], first[1])  # what dropout draws is not what the noise was drawn from
+
+
+def test_steps_ranks_seeds_and_streams_draw_different_numbers() -> None:
+    generators = [seed_generator(seed, step, rank, CPU) for seed in range(3) for step in range(3) for rank in range(3)]
+    generators.append(seed_generator(0, 0, 0, CPU, "validation"))
+    draws = {tuple(torch.rand(2, generator=generator).tolist()) for generator in generators}
+    assert len(draws) == len(generators)
+
+
+def test_an_unchanged_config_resumes(tmp_path: Path) -> None:
+    config = RunConfig(run_dir=tmp_path / "run")
+    assert resume_config(config.run_dir, config, may_change=()) == config
+    write_config(config.run_dir, config)
+    assert resume_config(config.run_dir, config, may_change=()) == config
+    assert load_config(RunConfig, config.run_dir / "config.yaml") == config
+
+
+def test_a_changed_config_is_refused_by_field(tmp_path: Path) -> None:
+    write_config(tmp_path, RunConfig(run_dir=tmp_path))
+    changed = RunConfig(run_dir=tmp_path, inner=Inner(lr=0.5))
+    message = r"inner\.lr is 0\.5.*started with 0\.001.*set inner\.lr=0\.001.*another run_dir"
+    with pytest.raises(UserError, match=message):
+        resume_config(tmp_path, changed, may_change={"run_dir"})
+
+
+def test_fields_that_do_not_matter_may_change(tmp_path: Path) -> None:
+    write_config(tmp_path, RunConfig(run_dir=tmp_path))
+    changed = RunConfig(run_dir=tmp_path, inner=Inner(workers=8))
+    assert resume_config(tmp_path, changed, may_change={"inner.workers"}) == changed
+
+
+def test_auto_takes_what_the_run_settled_on(tmp_path: Path) -> None:
+    write_config(tmp_path, RunConfig(run_dir=tmp_path, inner=Inner(precision="fp32")))
+    resumed = resume_config(tmp_path, RunConfig(run_dir=tmp_path, inner=Inner(workers=8)), {"inner.workers"})
+    assert resumed.inner == Inner(precision="fp32", workers=8)
+    with pytest.raises(UserError, match=r"inner\.precision is bf16"):
+        resume_config(tmp_path, RunConfig(run_dir=tmp_path, inner=Inner(precision="bf16")), ())
+
+
+def test_a_run_dir_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    path.write_text("")
+    with pytest.raises(UserError, match="is a file; choose another run_dir"):
+        resume_config(path, RunConfig(run_dir=path), may_change=())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_signals_only_set_a_flag(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with StopSignal() as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), number)
+        assert stop.requested
+    assert signal.getsignal(number) is before

@@ -1,0 +1,194 @@
+"""A run that is stopped or killed and started again is the run that was left alone."""
+
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from configs.loader import UserError, load_config
+from pretrain.checkpoint import find_checkpoints, read_weights
+from pretrain.metrics import read_metrics
+from pretrain.run import EXIT_STOPPED, resume_config
+from pretrain.steps import split_batch
+from pretrain.train import MAY_CHANGE, PretrainConfig
+
+SCRIPT = Path(__file__).with_name("tiny_training.py")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TIMINGS = {"step_s", "samples_per_s", "data_wait_share", "peak_memory_gb"}
+tiny = SimpleNamespace(**runpy.run_path(str(SCRIPT)))
+
+
+def curve(run_dir: Path) -> list[dict[str, Any]]:
+    """Every number that is not a measurement of time or memory."""
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    return [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("uninterrupted")
+    assert tiny.tiny_run(tiny.tiny_config(run_dir, 12)) == 0
+    return run_dir
+
+
+def test_a_run_writes_its_folder(uninterrupted: Path) -> None:
+    rows = curve(uninterrupted)
+    train = [row for row in rows if row["split"] == "train"]
+    validation = [row for row in rows if row["split"] == "validation"]
+    assert [row["step"] for row in train] == list(range(1, 13))
+    assert [row["step"] for row in validation] == [4, 8, 12]
+    assert {"loss", "loss/left", "loss/right", "lr", "grad_norm", "skipped_steps", "samples_seen"} <= train[0].keys()
+    assert train[-1]["loss"] < 0.8 * train[0]["loss"]
+    assert validation[-1]["loss"] < validation[0]["loss"]
+    assert [path.name for path in find_checkpoints(uninterrupted / "checkpoints")] == ["step_00000010", "step_00000012"]
+    assert load_config(PretrainConfig, uninterrupted / "config.yaml") == tiny.tiny_config(uninterrupted, 12)
+
+
+def test_the_export_is_the_averaged_weights(uninterrupted: Path) -> None:
+    exported = read_weights(uninterrupted / "export" / "model.safetensors")
+    averaged = read_weights(uninterrupted / "checkpoints" / "step_00000012" / "ema.safetensors")
+    latest = read_weights(uninterrupted / "checkpoints" / "step_00000012" / "model.safetensors")
+    assert all(torch.equal(exported[name], averaged[name]) for name in averaged)
+    assert not torch.equal(exported["head.weight"], latest["head.weight"])
+    tiny.build_tiny_model().load_state_dict(exported, strict=True)
+    assert (uninterrupted / "export" / "model.yaml").read_text() == tiny.dump_config(tiny.TinyConfig())
+
+
+def test_sigterm_saves_at_the_step_and_the_run_goes_on_exactly(uninterrupted: Path, tmp_path: Path) -> None:
+    config = tiny.tiny_config(tmp_path, 12)
+
+    def terminate(step: int) -> None:
+        if step == 6:  # batch 6 is the seventh: the step in progress is finished first
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert tiny.tiny_run(config, on_step=terminate) == EXIT_STOPPED
+    assert find_checkpoints(tmp_path / "checkpoints")[-1].name == "step_00000007"
+    assert not (tmp_path / "export").exists()
+    assert tiny.tiny_run(config) == 0
+    assert curve(tmp_path) == curve(uninterrupted)
+    exported, expected = (read_weights(run / "export" / "model.safetensors") for run in (tmp_path, uninterrupted))
+    assert all(torch.equal(exported[name], expected[name]) for name in expected)
+
+
+def test_a_finished_run_started_again_changes_nothing(uninterrupted: Path) -> None:
+    before = curve(uninterrupted)
+    assert tiny.tiny_run(tiny.tiny_config(uninterrupted, 12)) == 0
+    assert curve(uninterrupted) == before
+
+
+def test_a_damaged_checkpoint_stops_the_run_with_its_name(tmp_path: Path) -> None:
+    config = tiny.tiny_config(tmp_path, 6)
+    tiny.tiny_run(config)
+    newest = find_checkpoints(tmp_path / "checkpoints")[-1]
+    (newest / "state.json").write_text("{}")
+    with pytest.raises(UserError, match=r"step_00000006.state\.json"):
+        tiny.tiny_run(config)
+
+
+def test_a_batch_that_cannot_be_cut_is_refused(tmp_path: Path) -> None:
+    engine = {"kind": "accelerate", "device": "cpu", "precision": "fp32", "grad_accum_steps": 3}
+    with pytest.raises(UserError, match=r"global_batch_size=8 .*grad_accum_steps=3; choose a multiple of 3"):
+        tiny.tiny_run(tiny.tiny_config(tmp_path, 6, engine=engine))
+
+
+def test_an_empty_validation_split_is_left_out(tmp_path: Path) -> None:
+    open_batches = tiny.tiny_batches()
+
+    def without_validation(split: str, *args: int) -> Any:
+        return open_batches(split, *args) if split == "train" else []
+
+    with tiny.StopSignal() as stop:
+        tiny.train(tiny.tiny_config(tmp_path, 5), tiny.build_tiny_model(), "", without_validation, stop)
+    assert {row["split"] for row in curve(tmp_path)} == {"train"}
+
+
+def test_skipped_steps_are_counted_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    open_batches = tiny.tiny_batches()
+
+    def with_nan(split: str, *args: int) -> Any:
+        for number, batch in enumerate(open_batches(split, *args)):
+            if split == "train" and number == 2:
+                batch["latents"][0, 0] = torch.nan
+            yield batch
+
+    with tiny.StopSignal() as stop:
+        tiny.train(tiny.tiny_config(tmp_path, 5), tiny.build_tiny_model(), "", with_nan, stop)
+    rows = [row for row in curve(tmp_path) if row["split"] == "train"]
+    assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 1, 1]
+    assert rows[2]["loss"] is None and rows[3]["loss"] is not None
+    assert "step 3 skipped" in caplog.text
+
+
+def test_only_fields_that_leave_the_losses_alone_may_change(tmp_path: Path) -> None:
+    config = tiny.tiny_config(tmp_path, 12)
+    tiny.tiny_run(config.model_copy(update={"num_steps": 1}))  # writes config.yaml
+    resume_config(tmp_path, tiny.tiny_config(tmp_path, 1, log_every=3, checkpoint_every=7), MAY_CHANGE)
+    with pytest.raises(UserError, match=r"ema_decay is 0\.5"):
+        resume_config(tmp_path, tiny.tiny_config(tmp_path, 1, ema_decay=0.5), MAY_CHANGE)
+    with pytest.raises(UserError, match=r"num_steps is 12"):
+        resume_config(tmp_path, config, MAY_CHANGE)
+
+
+def test_split_batch_keeps_order_and_rows_together() -> None:
+    batch = {"x": torch.arange(6), "keys": list("abcdef")}
+    parts = list(split_batch(batch, 3))
+    assert [part["x"].tolist() for part in parts] == [[0, 1], [2, 3], [4, 5]]
+    assert [part["keys"] for part in parts] == [["a", "b"], ["c", "d"], ["e", "f"]]
+
+
+# --- real processes -----------------------------------------------------------------------------------------------
+
+
+def wait_for(condition: Any, process: subprocess.Popen[bytes], what: str) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, f"the run ended before {what}"
+        assert time.monotonic() < deadline, f"no {what} in two minutes"
+        time.sleep(0.01)
+
+
+def last_step(run_dir: Path) -> int:
+    path = run_dir / "metrics.jsonl"
+    rows = read_metrics(path) if path.exists() else []
+    return rows[-1]["step"] if rows else 0
+
+
+@pytest.mark.slow
+def test_killed_with_deepspeed_on_two_ranks_resumes_to_the_last_digit(tmp_path: Path) -> None:
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    num_steps = 40
+    reference = subprocess.Popen([*TORCHRUN, SCRIPT, alone, str(num_steps)])
+    victim = subprocess.Popen([*TORCHRUN, SCRIPT, killed, str(num_steps)], start_new_session=True)
+    try:
+        # Past a checkpoint (every 5 steps) by some steps, in the middle of one.
+        wait_for(lambda: last_step(killed) >= 13, victim, "step 13")
+    finally:
+        # torchrun gives each worker a session of its own, so they are killed by the ids they wrote down.
+        os.killpg(victim.pid, signal.SIGKILL)
+        for path in killed.glob("pid_*"):
+            os.kill(int(path.read_text()), signal.SIGKILL)
+        victim.wait()
+    assert reference.wait(timeout=120) == 0
+    assert not (killed / "export").exists()
+    assert last_step(killed) < num_steps
+
+    subprocess.run([*TORCHRUN, SCRIPT, killed, str(num_steps)], check=True, timeout=120)
+    assert curve(killed) == curve(alone)
+    exported, expected = (read_weights(run / "export" / "model.safetensors") for run in (killed, alone))
+    assert all(torch.equal(exported[name], expected[name]) for name in expected)
+
+
+def test_sigterm_ends_a_plain_process_with_75(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, SCRIPT, tmp_path, "100000"])
+    wait_for(lambda: last_step(tmp_path) >= 2, process, "step 2")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == EXIT_STOPPED
+    assert find_checkpoints(tmp_path / "checkpoints")[-1].name == f"step_{last_step(tmp_path):08d}"

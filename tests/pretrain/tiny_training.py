@@ -1,0 +1,102 @@
+"""A training small enough for tests: a world model of a few hundred weights and batches made in memory.
+
+As a script it is a pretraining run, `tiny_training.py RUN_DIR NUM_STEPS`, under torchrun or alone.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from configs.loader import StrictConfig, dump_config
+from pretrain.run import StopSignal
+from pretrain.train import PretrainConfig, train
+from pretrain.world_models.base import LossTerms
+
+BATCH, WIDTH = 8, 12
+
+
+class TinyConfig(StrictConfig):
+    noise: float = 0.1
+
+
+class TinyWorldModel(nn.Module):
+    """Predicts a linear map of its noised input; has blocks (for FSDP2), frozen weights and a buffer."""
+
+    def __init__(self, noise: float = 0.1) -> None:
+        super().__init__()
+        self.noise = noise
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU()) for _ in range(2))
+        self.head = nn.Linear(WIDTH, WIDTH)
+        self.frozen = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+        self.register_buffer("scale", torch.tensor(0.5))
+
+    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> LossTerms:
+        data = batch["latents"]
+        x = data + self.noise * torch.randn(data.shape, generator=generator)
+        for block in self.blocks:
+            x = x + block(x)
+        error = (self.head(x) - self.frozen(data) * self.scale).square()
+        return LossTerms(error.mean(), {"left": error[:, :1].mean().detach(), "right": error[:, 1:].mean().detach()})
+
+
+def build_tiny_model(noise: float = 0.1) -> TinyWorldModel:
+    torch.manual_seed(0)
+    return TinyWorldModel(noise)
+
+
+def global_batch(step: int) -> torch.Tensor:
+    return torch.randn(BATCH, WIDTH, generator=torch.Generator().manual_seed(step))
+
+
+def tiny_batches(
+    on_step: Callable[[int], None] = lambda step: None,
+) -> Callable[[str, int, int, int], Iterator[dict[str, Any]]]:
+    def open_batches(split: str, rank: int, world_size: int, start_step: int) -> Iterator[dict[str, Any]]:
+        share = BATCH // world_size
+        step = start_step
+        while True:
+            if split == "train":
+                on_step(step)
+            batch = global_batch(step if split == "train" else 10_000 + step)
+            yield {"latents": batch[rank * share :][:share], "keys": [f"{step}-{i}" for i in range(share)]}
+            step += 1
+
+    return open_batches
+
+
+def tiny_config(run_dir: Path, num_steps: int, **changes: Any) -> PretrainConfig:
+    settings: dict[str, Any] = {
+        "run_dir": run_dir,
+        "num_steps": num_steps,
+        "model": {"video": {}},
+        "loader": {"dataset": "none", "global_batch_size": BATCH},
+        "engine": {"kind": "accelerate", "device": "cpu", "precision": "fp32"},
+        "optimizer": {"learning_rate": 1e-2, "warmup_steps": 3},
+        "ema_decay": 0.9,
+        "checkpoint_every": 5,
+        "validate_every": 4,
+        "validation_batches": 2,
+        "log_every": 1,
+    }
+    return PretrainConfig.model_validate({**settings, **changes})
+
+
+def tiny_run(config: PretrainConfig, on_step: Callable[[int], None] = lambda step: None, **kwargs: Any) -> int:
+    model_yaml = dump_config(TinyConfig())
+    with StopSignal() as stop:
+        return train(config, build_tiny_model(), model_yaml, tiny_batches(on_step), stop, **kwargs)
+
+
+if __name__ == "__main__":
+    run_dir = Path(sys.argv[1])
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / f"pid_{os.environ.get('RANK', '0')}").write_text(str(os.getpid()))
+    # A step takes a while, so that a test can kill the run in the middle.
+    config = tiny_config(run_dir, int(sys.argv[2]), engine={"kind": "deepspeed", "device": "cpu", "precision": "fp32"})
+    sys.exit(tiny_run(config, on_step=lambda step: time.sleep(0.03)))
