@@ -1,0 +1,120 @@
+"""A trained world action model as a policy: observation in, action out, replanning every few actions.
+
+`Policy.load` needs only the export folder of a fine-tuning run: weights, statistics, codec and text encoder are in it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from configs.loader import StrictConfig, UserError
+from data_pipeline.dataset import DatasetFolder
+from data_pipeline.encoders import pad_text
+from data_pipeline.loader import LoaderConfig
+from data_pipeline.video_io import prepare_view
+from pretrain.exported import load_model_config, load_weights
+from pretrain.world_models.base import Batch
+from pretrain.world_models.observation_space import ObservationSpaceConfig, ObservationSpaceWorldModel
+
+from .paradigms.joint_video_action import JointVideoAction, JointVideoActionConfig
+from .simulators.base import Observation
+
+
+class PolicyModelConfig(StrictConfig):
+    """`model.yaml` of a fine-tuning run: all that is needed to build the network and to feed it."""
+
+    world_model: ObservationSpaceConfig
+    policy: JointVideoActionConfig
+    loader: LoaderConfig = Field(description="how training read its samples: view, normalisation, text length")
+    embodiment: str = Field(description="the robot whose statistics scale proprio and actions")
+    execute_steps: int = Field(ge=1, description="actions executed before replanning")
+
+
+class Policy:
+    """Receding horizon over one model: plan a chunk from one observation, execute its first `execute_steps`."""
+
+    def __init__(
+        self, model: JointVideoAction, config: PolicyModelConfig, dataset: DatasetFolder, is_blind: bool = False
+    ) -> None:
+        self.model = model.eval()
+        self.config = config
+        self.is_blind = is_blind
+        self.view_name = dataset.check_view(config.loader.view)
+        self.view = dataset.views[self.view_name]
+        self.text_encoder = dataset.text_encoder()
+        self.text_length = config.loader.text_length
+        embodiment, mode = config.embodiment, config.loader.normalization
+        actions = dataset.normalizer(embodiment, "actions_absolute", mode)
+        if actions is None:
+            raise UserError(
+                f"{dataset.path}: has no action statistics of {embodiment!r}, so no policy can act with it."
+            )
+        self.action_normalizer = actions
+        self.proprio_normalizer = dataset.normalizer(embodiment, "proprio", mode)
+        self.action_dim = dataset.embodiments[embodiment].action_dim
+        self.queue: deque[np.ndarray] = deque()
+        self.imagined: Float[Tensor, "t c h w"] | None = None
+        self.reset("")
+
+    @classmethod
+    def load(cls, folder: Path, blind: bool = False) -> Policy:
+        """Open the `export/` folder of a fine-tuning run. `blind` zeroes every image, to see what sight is worth."""
+        dataset = DatasetFolder(folder)
+        config = load_model_config(folder, PolicyModelConfig)
+        world_model = ObservationSpaceWorldModel(config.world_model, dataset.codec())
+        model = JointVideoAction(config.policy, world_model)
+        load_weights(model, folder)
+        return cls(model, config, dataset, blind)
+
+    def reset(self, instruction: str, seed: int = 0) -> None:
+        """Forget the current chunk; `seed` makes the episode's denoising noise reproducible."""
+        self.queue.clear()
+        self.text = pad_text(self.text_encoder.encode([instruction]), self.text_length)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def needs_observation(self) -> bool:
+        """True when the next `act` will plan, and so has to see; otherwise its observation may hold no views."""
+        return not self.queue
+
+    def act(self, observation: Observation) -> Float[np.ndarray, "a"]:
+        """The next action, in the robot's own units."""
+        if not self.queue:
+            self.queue.extend(self.plan(observation)[: self.config.execute_steps])
+        return self.queue.popleft()
+
+    def plan(self, observation: Observation) -> Float[np.ndarray, "k a"]:
+        """A whole action chunk; what it imagines to see is kept in `imagined` (latents)."""
+        if self.view_name not in observation.views:
+            raise UserError(
+                f"The observation has the views {sorted(observation.views) or 'none'}, but the policy was trained on "
+                f"{self.view_name!r}; name the robot's camera so."
+            )
+        frame = prepare_view(observation.views[self.view_name][None], self.view)
+        if self.is_blind:
+            frame = np.zeros_like(frame)
+        context = self.model.world_model.encode(torch.from_numpy(np.ascontiguousarray(frame))[None])
+        proprio = torch.zeros(1, self.model.config.proprio_dim or 0)
+        if self.proprio_normalizer is not None:
+            scaled = self.proprio_normalizer.normalize(observation.proprio.astype(np.float32))
+            proprio[0, : len(scaled)] = torch.from_numpy(scaled)
+        actions, future = self.model.plan(context, proprio, self.text, self.generator)
+        self.imagined = future[0]
+        return self._to_robot(actions[0])
+
+    def predict_chunk(self, batch: Batch) -> Float[np.ndarray, "b k a"]:
+        """Chunks for a batch of recorded clips (open-loop evaluation), in the robot's own units."""
+        context, _ = self.model.world_model.split(batch["latents"])
+        if self.is_blind:
+            context = self.model.world_model.encode(torch.zeros_like(batch["video"][:, :1]))
+        actions, _ = self.model.plan(context, batch["proprio"], batch["text_tokens"], self.generator)
+        return np.stack([self._to_robot(chunk) for chunk in actions])
+
+    def _to_robot(self, actions: Float[Tensor, "k a"]) -> Float[np.ndarray, "k a"]:
+        return self.action_normalizer.unnormalize(actions[:, : self.action_dim].numpy()).astype(np.float32)

@@ -1,0 +1,184 @@
+"""From a dataset to a policy by the real commands, at the smallest size: pretrain, look, fine-tune, act."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from configs.loader import UserError
+from data_pipeline.loader import DatasetIndex, LoaderConfig
+from finetune.policy import Policy
+from finetune.simulators import Observation
+from finetune.train import FinetuneConfig, build_policy_model
+from pretrain.exported import load_world_model
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+tiny = SimpleNamespace(**runpy.run_path(str(REPOSITORY / "tests/data_pipeline/tiny_dataset.py")))
+
+VIDEO = """
+    patch_size: [1, 2, 2]
+    num_attention_heads: 2
+    attention_head_dim: 12
+    in_channels: 6
+    out_channels: 6
+    text_dim: 8
+    freq_dim: 16
+    ffn_dim: 32
+    num_layers: 2
+"""
+COMMON = """
+num_steps: 4
+checkpoint_every: 2
+validate_every: 2
+validation_batches: 1
+log_every: 1
+"""
+
+
+def run(module: str, *arguments: str, expect: int = 0) -> str:
+    process = subprocess.run(
+        [sys.executable, "-m", module, *arguments], capture_output=True, text=True, cwd=REPOSITORY, timeout=300
+    )
+    assert process.returncode == expect, process.stdout + process.stderr
+    assert "Traceback" not in process.stderr
+    return process.stdout + process.stderr
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset, a pretrained world model and a fine-tuned policy."""
+    folder = tmp_path_factory.mktemp("chain")
+    # episode 2 has no actions: action-free and labelled clips train the world model together
+    tiny.tiny_dataset(folder / "dataset", clips=(4, 4, 3, 3, 3), action_free=(2,))
+    pretrain, finetune = folder / "pretrain.yaml", folder / "finetune.yaml"
+    loader = f"loader: {{dataset: {folder}/dataset, global_batch_size: 4, text_length: 4"
+    model = f"model:\n  prediction: data\n  predict_residual: true\n  video:{VIDEO}"
+    pretrain.write_text(f"run_dir: {folder}/pretrain\n{COMMON}{model}{loader}}}\nengine: {{kind: accelerate}}\n")
+    policy = "policy: {action_expert: {width: 16, ffn_dim: 24, freq_dim: 8}, num_inference_steps: 2}\n"
+    finetune.write_text(
+        f"run_dir: {folder}/finetune\npretrained: {folder}/pretrain/export\nexecute_steps: 3\n{COMMON}{policy}"
+        f"{loader}, only_with_actions: true}}\nengine: {{kind: accelerate}}\n"
+    )
+    run("pretrain.train", "--config", str(pretrain))
+    run("finetune.train", "--config", str(finetune))
+    return folder
+
+
+def observation(brightness: int = 90) -> Observation:
+    return Observation({"front": np.full((16, 16, 3), brightness, np.uint8)}, np.zeros(2, np.float32), "push it")
+
+
+def test_both_runs_logged_every_part_of_their_loss(chain: Path):
+    parts = {"pretrain": {"loss/video"}, "finetune": {"loss/video", "loss/action"}}
+    for run_name, names in parts.items():
+        rows = [json.loads(line) for line in (chain / run_name / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows if row["split"] == "train"] == [1, 2, 3, 4]
+        assert all(names <= row.keys() and np.isfinite(row["loss"]) for row in rows)
+
+
+def test_the_export_alone_is_enough_to_act(chain: Path, tmp_path: Path):
+    (chain / "finetune" / "export").rename(tmp_path / "elsewhere")
+    try:
+        policy = Policy.load(tmp_path / "elsewhere")
+        policy.reset("push it")
+        actions = []
+        for _ in range(4):
+            planned = policy.needs_observation()
+            actions.append((planned, policy.act(observation())))
+        assert [planned for planned, _ in actions] == [True, False, False, True]  # execute_steps: 3
+        assert all(action.shape == (3,) and action.dtype == np.float32 for _, action in actions)
+        assert policy.imagined is not None
+        assert policy.imagined.shape == (1, 6, 4, 4)
+    finally:
+        (tmp_path / "elsewhere").rename(chain / "finetune" / "export")
+
+
+def test_the_same_episode_seed_gives_the_same_plan_and_blindness_changes_it(chain: Path):
+    seeing, blind = (Policy.load(chain / "finetune" / "export", blind=is_blind) for is_blind in (False, True))
+    for policy in (seeing, blind):  # four steps of training leave the head at about zero: give sight a say
+        for parameter in policy.model.parameters():
+            torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(0))
+
+    def plan(policy: Policy, brightness: int, seed: int = 0) -> np.ndarray:
+        policy.reset("push it", seed)
+        return policy.plan(observation(brightness))
+
+    assert np.array_equal(plan(seeing, 90), plan(seeing, 90))
+    assert not np.array_equal(plan(seeing, 90), plan(seeing, 90, seed=1))
+    assert not np.array_equal(plan(seeing, 90), plan(seeing, 200))
+    assert np.array_equal(plan(blind, 90), plan(blind, 200))
+    assert np.array_equal(plan(blind, 90), plan(seeing, 0))
+
+
+def test_an_unknown_camera_is_one_sentence(chain: Path):
+    policy = Policy.load(chain / "finetune" / "export")
+    with pytest.raises(UserError, match="'front'"):
+        policy.act(Observation({"left": np.zeros((16, 16, 3), np.uint8)}, np.zeros(2, np.float32), ""))
+
+
+def test_evaluate_and_rollout_look_at_the_pretrained_model(chain: Path, tmp_path: Path):
+    common = [f"checkpoint={chain}/pretrain/export", f"dataset={chain}/dataset"]
+    run("pretrain.evaluate", *common, f"output={tmp_path}/video.json")
+    figures = json.loads((tmp_path / "video.json").read_text())
+    assert figures["num_clips"] >= 2
+    assert figures["psnr_copy_last"] == 99.0  # every tiny clip stands still, so copying is perfect
+    assert figures["psnr_moving_model"] is None
+    run("pretrain.rollout", *common, f"output={tmp_path}/rollouts", "num_clips=2")
+    assert {path.name for path in (tmp_path / "rollouts").iterdir()} == {"clip_000.mp4", "clip_001.mp4", "strips.png"}
+
+
+def test_a_finished_run_starts_again_without_a_step(chain: Path):
+    before = (chain / "finetune" / "metrics.jsonl").read_text()
+    run("finetune.train", "--config", str(chain / "finetune.yaml"))
+    assert (chain / "finetune" / "metrics.jsonl").read_text() == before
+
+
+def finetune_config(chain: Path, **changes) -> FinetuneConfig:
+    defaults = {
+        "run_dir": chain / "other", "num_steps": 1, "pretrained": chain / "pretrain" / "export",
+        "loader": LoaderConfig(dataset=chain / "dataset"), "execute_steps": 3,
+    }  # fmt: skip
+    return FinetuneConfig(**(defaults | changes))
+
+
+def test_fine_tuning_starts_from_the_pretrained_weights(chain: Path):
+    pretrained, _, _ = load_world_model(chain / "pretrain" / "export")
+    model, described = build_policy_model(finetune_config(chain), DatasetIndex(chain / "dataset"))
+    for name, weights in pretrained.state_dict().items():
+        assert torch.equal(model.world_model.state_dict()[name], weights)
+    assert described.embodiment == "arm"
+
+
+def test_bad_input_is_one_sentence(chain: Path, tmp_path: Path):
+    index = DatasetIndex(chain / "dataset")
+    with pytest.raises(UserError, match="action_horizon=5"):
+        config = finetune_config(chain)
+        build_policy_model(
+            config.model_copy(update={"policy": config.policy.model_copy(update={"action_horizon": 5})}), index
+        )
+    with pytest.raises(UserError, match=r"execute_steps=99"):
+        build_policy_model(finetune_config(chain, execute_steps=99), index)
+    with pytest.raises(UserError, match=r"robots arm"):
+        build_policy_model(finetune_config(chain, embodiment="leg"), index)
+    with pytest.raises(UserError, match=r"model\.yaml"):
+        build_policy_model(finetune_config(chain, pretrained=tmp_path), index)
+    weights = load_file(chain / "pretrain" / "export" / "model.safetensors")
+    broken = tmp_path / "export"
+    subprocess.run(["cp", "-r", str(chain / "pretrain" / "export"), str(broken)], check=True)
+    save_file(
+        {name: tensor for name, tensor in weights.items() if "proj_out" not in name}, broken / "model.safetensors"
+    )
+    with pytest.raises(UserError, match=r"video\.proj_out"):
+        load_world_model(broken)
+    (broken / "model.safetensors").write_bytes(b"not a tensor")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_world_model(broken)
+    message = run("finetune.train", "--config", str(chain / "finetune.yaml"), f"pretrained={tmp_path}/none", expect=2)
+    assert len(message.strip().splitlines()) == 1
