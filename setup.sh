@@ -52,10 +52,6 @@ missing_packages() {
     is_installed libgl1-mesa-dri gallium || compgen -G '/usr/lib*/*/dri/swrast_dri.so' >/dev/null || echo libgl1-mesa-dri
     is_installed libglfw3 glfw.so.3 || echo libglfw3
     is_installed libglib2.0-0 glib-2.0.so.0 || echo libglib2.0-0
-    # DeepSpeed compiles its CPU communication operator on first use.
-    command -v g++ >/dev/null || echo g++
-    "$python" -c 'import os, sysconfig; open(os.path.join(sysconfig.get_paths()["include"], "Python.h"))' 2>/dev/null ||
-        echo "python$version-dev"
 }
 
 install_system_packages() {

@@ -29,6 +29,7 @@ from data_pipeline.loader import DatasetIndex
 from data_pipeline.normalize import Normalizer
 from data_pipeline.sample import SampleMeta, read_array
 from data_pipeline.video_io import ViewConfig, decode_clip, prepare_view
+from pretrain.engine.ranks import bf16_is_faster
 
 from .held_actions import random_actions
 from .simulators.base import Observation
@@ -313,13 +314,14 @@ def train(config: BehaviourCloningConfig, spec: BehaviourCloningSpec, frames: Fr
         optimizer, lambda step: min((step + 1) / warmup, 0.5 + 0.5 * np.cos(np.pi * step / config.steps))
     )
     generator = torch.Generator().manual_seed(config.seed)
+    use_bf16 = bf16_is_faster(torch.device("cpu"))
     running_loss = 0.0
     for step in range(1, config.steps + 1):
         rows = torch.randint(len(actions), (config.batch_size,), generator=generator)
         noise = torch.randn(proprio[rows].shape, generator=generator)
         is_withheld = torch.rand(len(rows), generator=generator) < config.instruction_dropout
         instruction = torch.where(is_withheld, withheld, instructions[rows])
-        with torch.autocast("cpu", torch.bfloat16, enabled=_computes_bf16()):
+        with torch.autocast("cpu", torch.bfloat16, enabled=use_bf16):
             predicted = network(frames.images[rows], proprio[rows] + config.proprio_noise * noise, instruction)
         loss = F.l1_loss(predicted, actions[rows])
         optimizer.zero_grad()
@@ -356,11 +358,6 @@ def choose_embodiment(dataset: DatasetFolder, wanted: str | None) -> str:
         given = "holds several robots" if wanted is None else f"holds no robot {wanted!r}"
         raise UserError(f"{dataset.path}: {given}, choose embodiment= one of {', '.join(known)}")
     return wanted
-
-
-def _computes_bf16() -> bool:
-    """Elsewhere bfloat16 would be emulated, slower than float32. The probe has no public name yet."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 if __name__ == "__main__":
