@@ -304,8 +304,9 @@ def encode_video(
         stream.options = {
             "crf": str(crf),
             "preset": preset,
-            # x264's macroblock tree is not reproducible in its vector code: one clip in a hundred came out different
-            "x264-params": f"keyint={gop}:min-keyint={gop}:scenecut=0:open-gop=0:mbtree=0:threads=1:lookahead-threads=1",
+            # mbtree: x264's vector code for it is not reproducible, one small clip in a hundred came out different
+            "x264-params": f"keyint={gop}:min-keyint={gop}:scenecut=0:open-gop=0:mbtree=0:threads=1"
+            ":lookahead-threads=1",
         }
         for position, rgb in enumerate(frames):
             frame = VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")

@@ -1,0 +1,1 @@
+"""Episodes -> clips. Every clip and episode that is not taken leaves a row with a named reason."""

@@ -1,0 +1,357 @@
+"""One episode -> its clips, staged: cut, decoded, brought to the views' sizes, aligned with its actions, re-encoded.
+
+The unit of parallel work. It reads one episode, writes one tar and one record, and nothing in it can stop a build:
+what cannot be used becomes a `Rejection`.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from configs.loader import StrictConfig
+
+from ..align import AlignedControl, ClipClock, align_control, nearest_frames
+from ..embodiments import Embodiment
+from ..sample import SCHEMA_VERSION, VIEW_NAME, Sample, SampleMeta, SourceMeta, ViewMeta
+from ..shards import TarWriter, tar_records
+from ..sources import Episode, Source, SourceConfig, SourceError, VideoSegment, open_source
+from ..staging import EpisodeRecord, Rejection, StagedClip, Staging, write_record
+from ..video_io import VideoError, ViewConfig, decode_frames, encode_video, frame_indices_at, prepare_view, probe_video
+from .clips import MIN_RATE_SHARE, clip_key, clip_starts, motion_score, view_role
+
+logger = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 3
+"""Worker processes that one episode may take down with it."""
+
+DECODE_BYTES = 128 * 2**20
+"""Decoded pixels of one view held at a time; bounds the memory of an hour-long recording."""
+
+
+class SourcePlan(StrictConfig):
+    config: SourceConfig
+    view_map: dict[str, str] | None = Field(description="Source's view name -> dataset's; null: the same names.")
+    embodiment: Embodiment | None
+
+
+class CuratePlan(StrictConfig):
+    """All that a worker needs to know; every choice left open in the config is settled here."""
+
+    staging: Path
+    run: str = Field(description="Names one start of the build; attempts are counted per run.")
+    sources: dict[str, SourcePlan]
+    views: dict[str, ViewConfig]
+    num_frames: int
+    fps: float
+    stride: int
+    actions_per_frame: int
+    crf: int
+
+
+class RejectedError(Exception):
+    def __init__(self, rejection: Rejection) -> None:
+        super().__init__(rejection.reason)
+        self.rejection = rejection
+
+
+class CurateEpisode:
+    """Worker: `{"source": …, "episode": …}` -> counts. Keeps its sources open between episodes."""
+
+    def __init__(self, plan: CuratePlan) -> None:
+        self.plan = plan
+        self.staging = Staging(plan.staging)
+        self._sources: dict[str, Source] = {}
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        name, episode_id = row["source"], row["episode"]
+        if name not in self._sources:
+            self._sources[name] = open_source(self.plan.sources[name].config)
+        tar = self.staging.curated_tar(name, episode_id)
+        attempt = self.staging.begin_attempt(self.plan.run, name, episode_id)
+        with TarWriter(tar) as writer:
+            if attempt > MAX_ATTEMPTS:
+                record = lost_workers_record(self.plan, name, episode_id)
+            else:
+                record = curate_episode(self.plan, name, self._sources[name], episode_id, writer)
+        write_record(tar, record)
+        return {"found": record.found, "accepted": len(record.clips)}
+
+
+def curate_episode(
+    plan: CuratePlan, source_name: str, source: Source, episode_id: str, writer: TarWriter
+) -> EpisodeRecord:
+    """Writes the accepted clips to `writer`, in order, and says what became of the others."""
+    source_plan = plan.sources[source_name]
+    try:
+        episode = source.read_episode(episode_id)
+        starts = _plan_clips(plan, episode)
+        segments = select_views(episode, source_plan.view_map, plan.views)
+        blocks = _plan_blocks(plan, segments, episode, starts)
+        _check_control(episode, source_plan.embodiment)
+    except Exception as error:
+        return rejected_episode(source_name, episode_id, _rejection(error, _where(source_plan, episode_id)))
+
+    embodiment = source_plan.embodiment if episode.actions is not None else None
+    clips: list[StagedClip] = []
+    rejected: list[Rejection] = []
+    for clip, pixels in _decode_clips(plan, segments, blocks):
+        try:
+            if isinstance(pixels, Exception):
+                raise pixels
+            sample = _make_sample(plan, episode, embodiment, clip, pixels)
+            records = tar_records(sample.to_members())
+        except Exception as error:
+            where = f"{episode.uri}: clip {clip.index} at {clip.clock.start_s:.2f} s"
+            rejected.append(_rejection(error, where).model_copy(update={"clip_index": clip.index}))
+            continue
+        clips.append(
+            StagedClip(
+                key=sample.key,
+                clip_index=clip.index,
+                start_s=sample.meta.start_s,
+                motion=sample.meta.filter_scores["motion"],
+                offset=writer.add(records),
+                num_bytes=len(records),
+            )
+        )
+    return EpisodeRecord(
+        source=source_name,
+        episode=episode_id,
+        content_sha256=episode.content_sha256,
+        embodiment=embodiment.name if embodiment else None,
+        has_actions=embodiment is not None,
+        found=len(starts),
+        clips=tuple(clips),
+        rejected=tuple(rejected),
+        repairs=episode.repairs,
+    )
+
+
+def rejected_episode(source: str, episode_id: str, rejection: Rejection) -> EpisodeRecord:
+    return EpisodeRecord(
+        source=source,
+        episode=episode_id,
+        content_sha256=None,
+        embodiment=None,
+        has_actions=False,
+        found=1,
+        clips=(),
+        rejected=(rejection,),
+        repairs=(),
+    )
+
+
+def lost_workers_record(plan: CuratePlan, source: str, episode_id: str) -> EpisodeRecord:
+    """A crash in a decoder takes the whole process with it, so nobody is left to say why."""
+    detail = f"it ended its worker process {MAX_ATTEMPTS} times (a crash in a decoder, or too little memory)"
+    where = _where(plan.sources[source], episode_id)
+    return rejected_episode(source, episode_id, Rejection(where=where, reason="worker_lost", detail=detail))
+
+
+def _where(source_plan: SourcePlan, episode_id: str) -> str:
+    return f"{source_plan.config.path}: episode {episode_id}"
+
+
+def _rejection(error: Exception, where: str) -> Rejection:
+    """The row that an error leaves behind. One that nobody foresaw is logged in full: it may be ours."""
+    match error:
+        case RejectedError():
+            return error.rejection
+        case SourceError():
+            return Rejection(where=error.where, reason=error.reason, detail=error.detail)
+        case VideoError():
+            return Rejection(where=where, reason=error.reason, detail=f"{error.path}: {error.detail}")
+        case _:
+            logger.error("%s: unexpected error", where, exc_info=error)
+            return Rejection(where=where, reason="unexpected_error", detail=f"{type(error).__name__}: {error}")
+
+
+def _plan_clips(plan: CuratePlan, episode: Episode) -> list[int]:
+    if episode.fps < MIN_RATE_SHARE * plan.fps:
+        detail = f"{episode.fps:g} frames/s for clips of {plan.fps:g}"
+        raise RejectedError(Rejection(where=episode.uri, reason="frame_rate_too_low", detail=detail))
+    starts = clip_starts(episode.num_frames, episode.fps, plan.fps, plan.num_frames, plan.stride)
+    if not starts:
+        clip_s, episode_s = (plan.num_frames - 1) / plan.fps, (episode.num_frames - 1) / episode.fps
+        detail = f"its {episode.num_frames} frames span {episode_s:.2f} s, a clip {clip_s:.2f} s"
+        raise RejectedError(Rejection(where=episode.uri, reason="too_short", detail=detail))
+    return starts
+
+
+def _check_control(episode: Episode, embodiment: Embodiment | None) -> None:
+    if embodiment is None or episode.actions is None:
+        return
+    found = (episode.actions.shape[1], episode.proprio.shape[1] if episode.proprio is not None else 0)
+    if found != (embodiment.action_dim, embodiment.proprio_dim):
+        detail = (
+            f"{found[0]} action and {found[1]} proprio dimensions, but {embodiment.name} has "
+            f"{embodiment.action_dim} and {embodiment.proprio_dim}"
+        )
+        raise RejectedError(Rejection(where=episode.uri, reason="wrong_dimensions", detail=detail))
+
+
+# --- views --------------------------------------------------------------------------------------------------------
+
+
+def view_name(source_name: str) -> str:
+    """A source's view name as a dataset may have it: lower case, no dots."""
+    safe = "".join(c if VIEW_NAME.fullmatch(c) else "_" for c in source_name.lower())
+    return safe.strip("_") or "view"
+
+
+def select_views(
+    episode: Episode, view_map: dict[str, str] | None, views: dict[str, ViewConfig]
+) -> dict[str, VideoSegment]:
+    """Which recorded view shows each of the dataset's views.
+
+    Without a map, by name; an only view stands for an only view, whatever they are called.
+    """
+    if view_map is not None:
+        found = {view_map[name]: segment for name, segment in episode.views.items() if name in view_map}
+    elif len(views) == len(episode.views) == 1:
+        found = dict(zip(views, episode.views.values(), strict=True))
+    else:
+        found = {view_name(name): segment for name, segment in episode.views.items()}
+    missing = sorted(views.keys() - found.keys())
+    if missing:
+        detail = f"no view {', '.join(missing)}; the episode has {', '.join(sorted(episode.views)) or 'none'}"
+        raise RejectedError(Rejection(where=episode.uri, reason="missing_view", detail=detail))
+    return {name: found[name] for name in views}
+
+
+# --- pixels -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Clip:
+    index: int
+    start: int  # its first frame, counted at the clips' fps
+    clock: ClipClock
+    frames: dict[str, np.ndarray]  # view -> positions in the video file of the frames it shows
+
+
+_Pixels = dict[str, np.ndarray]
+"""view -> uint8 [f height width 3]"""
+
+
+def _plan_blocks(
+    plan: CuratePlan, segments: dict[str, VideoSegment], episode: Episode, starts: Sequence[int]
+) -> list[list[_Clip]]:
+    """The clips, grouped: neighbours share frames, so as many are decoded at once as memory allows."""
+    block_frames = min(_block_frames(segment, plan.views[view], episode) for view, segment in segments.items())
+    blocks: list[list[_Clip]] = []
+    block_start = -1
+    for index, start in enumerate(starts):
+        clock = ClipClock(start / plan.fps, plan.fps, plan.num_frames, plan.actions_per_frame)
+        frames = {view: _file_frames(segment, episode.fps, clock) for view, segment in segments.items()}
+        end_frame = (start + plan.num_frames) / plan.fps * episode.fps
+        if not blocks or end_frame - block_start > block_frames:
+            blocks.append([])
+            block_start = int(start / plan.fps * episode.fps)
+        blocks[-1].append(_Clip(index, start, clock, frames))
+    return blocks
+
+
+def _file_frames(segment: VideoSegment, fps: float, clock: ClipClock) -> np.ndarray:
+    if segment.start_frame is not None:
+        return segment.start_frame + nearest_frames(clock.frame_times_s, fps)
+    # No frame count to rely on (a variable rate): the file's own timestamps decide.
+    return frame_indices_at(segment.path, segment.start_s + clock.frame_times_s)
+
+
+def _block_frames(segment: VideoSegment, view: ViewConfig, episode: Episode) -> int:
+    info = probe_video(segment.path)
+    if view.crop is not None and (
+        view.crop[0] + view.crop[2] > info.height or view.crop[1] + view.crop[3] > info.width
+    ):
+        detail = f"crop {list(view.crop)} (top, left, height, width) of a {info.height}x{info.width} picture"
+        raise RejectedError(Rejection(where=episode.uri, reason="crop_outside_picture", detail=detail))
+    return max(1, DECODE_BYTES // (info.width * info.height * 3))
+
+
+def _decode_clips(
+    plan: CuratePlan, segments: dict[str, VideoSegment], blocks: list[list[_Clip]]
+) -> Iterator[tuple[_Clip, _Pixels | Exception]]:
+    """The clips in order, each with its pixels or with the error that kept them away."""
+    for block in blocks:
+        yield from zip(block, _decode_block(plan, segments, block), strict=True)
+
+
+def _decode_block(plan: CuratePlan, segments: dict[str, VideoSegment], block: list[_Clip]) -> list[_Pixels | Exception]:
+    """A damaged spot costs only the clips that show it: the block is halved around it."""
+    try:
+        videos: list[_Pixels] = [{} for _ in block]
+        for view, segment in segments.items():
+            wanted = np.unique(np.concatenate([clip.frames[view] for clip in block]))
+            pixels = prepare_view(decode_frames(segment.path, wanted.tolist()), plan.views[view])
+            for video, clip in zip(videos, block, strict=True):
+                video[view] = pixels[np.searchsorted(wanted, clip.frames[view])]
+        return list(videos)
+    except Exception as error:
+        if len(block) == 1:
+            return [error]
+        half = len(block) // 2
+        return [*_decode_block(plan, segments, block[:half]), *_decode_block(plan, segments, block[half:])]
+
+
+# --- the sample ---------------------------------------------------------------------------------------------------
+
+
+def _make_sample(
+    plan: CuratePlan, episode: Episode, embodiment: Embodiment | None, clip: _Clip, pixels: _Pixels
+) -> Sample:
+    control = _align(episode, embodiment, clip)
+    meta = SampleMeta(
+        schema_version=SCHEMA_VERSION,
+        source=SourceMeta(name=episode.source, uri=episode.uri, licence=episode.licence, sha256=episode.content_sha256),
+        episode=episode.episode_id,
+        clip_index=clip.index,
+        start_s=round(clip.clock.start_s, 6),
+        fps=plan.fps,
+        control_hz=clip.clock.control_hz if control else None,
+        num_frames=plan.num_frames,
+        views={
+            name: ViewMeta(height=view.height, width=view.width, role=view_role(name))
+            for name, view in plan.views.items()
+        },
+        embodiment=embodiment.name if embodiment else None,
+        instruction=episode.instruction,
+        captions=(episode.instruction,) if episode.instruction else (),
+        has_actions=control is not None,
+        success=episode.success,
+        action_spans=control.spans if control else (),
+        filter_scores={"motion": round(float(np.mean([motion_score(v) for v in pixels.values()])), 6)},
+    )
+    return Sample(
+        key=clip_key(
+            episode.source,
+            episode.content_sha256,
+            episode.episode_id,
+            clip.start,
+            plan.fps,
+            plan.num_frames,
+            plan.views,
+        ),
+        meta=meta,
+        video={view: encode_video(frames, None, plan.fps, crf=plan.crf) for view, frames in pixels.items()},
+        actions=control.actions if control else None,
+        proprio=control.proprio if control else None,
+    )
+
+
+def _align(episode: Episode, embodiment: Embodiment | None, clip: _Clip) -> AlignedControl | None:
+    if embodiment is None or episode.actions is None:
+        return None
+    hz = episode.control_hz or embodiment.control_hz
+    control = align_control(episode.actions, episode.proprio, hz, clip.clock, embodiment.gripper_actions)
+    if not control.spans:
+        detail = "none of its actions was recorded as a finite number"
+        raise RejectedError(
+            Rejection(where=f"{episode.uri}: clip {clip.index}", reason="no_valid_actions", detail=detail)
+        )
+    return control

@@ -1,0 +1,262 @@
+"""The dataset folder: its file names and the records in them. `build` writes them, every later stage reads them.
+
+<dataset>/
+  dataset.yaml            `DatasetInfo`
+  shards/<split>/<bucket>/000000.tar (+ .idx)     bucket = <height>x<width>x<num_frames> of the first view
+  manifest.parquet        a row per sample, `MANIFEST_SCHEMA`
+  rejected.parquet        a row per clip or episode that did not make it, `REJECTED_SCHEMA`
+  norm_stats.json         `{"embodiments": {name: {"actions_absolute": …, "actions_relative": …, "proprio": …}},
+                            "latents": {"mean": [c], "std": [c], "residual_std": [c]}}`
+  codec/  text_encoder/   the frozen encoders (or a reference to them)
+  report.html
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import yaml
+from pydantic import Field, ValidationError
+
+from configs.loader import StrictConfig, UserError
+
+from .embodiments import Embodiment
+from .encoders import TextEncoder, VideoCodec, load_text_encoder, load_video_codec
+from .normalize import NormalizationMode, Normalizer
+from .sample import SCHEMA_VERSION
+from .video_io import ViewConfig
+
+DATASET_YAML = "dataset.yaml"
+MANIFEST = "manifest.parquet"
+REJECTED = "rejected.parquet"
+NORM_STATS = "norm_stats.json"
+REPORT = "report.html"
+CODEC = "codec"
+TEXT_ENCODER = "text_encoder"
+SHARDS = "shards"
+
+Split = Literal["train", "validation"]
+SPLITS: tuple[Split, ...] = ("train", "validation")
+
+_NAME = pa.dictionary(pa.int32(), pa.string())
+
+MANIFEST_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("shard", _NAME),  # relative to the dataset folder
+        ("offset", pa.int64()),  # of the sample's tar records
+        ("bytes", pa.int64()),
+        ("split", _NAME),
+        ("bucket", _NAME),
+        ("source", _NAME),
+        ("episode", _NAME),
+        ("embodiment", _NAME),  # null: no robot
+        ("has_actions", pa.bool_()),
+        ("sha256", pa.string()),  # of the sample's tar records
+        ("clip_index", pa.int32()),
+        ("start_s", pa.float64()),
+        ("motion", pa.float32()),
+        ("content_sha256", pa.string()),  # of what the episode was read from
+    ]
+)
+
+REJECTED_SCHEMA = pa.schema(
+    [
+        ("where", pa.string()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+        ("source", pa.string()),
+        ("episode", pa.string()),
+        ("clip_index", pa.int32()),  # null: the whole episode
+    ]
+)
+
+
+class CodecInfo(StrictConfig):
+    name: str
+    weight_hash: str
+    temporal_stride: int
+    spatial_stride: int
+    latent_channels: int
+    psnr: float = Field(description="dB of decoded latents against the stored video, over all pixels.")
+    psnr_moving: float | None = Field(description="The same over moving pixels; null where nothing moves.")
+    psnr_split: Split = Field(description="The clips they were measured on; train where there are no others.")
+    psnr_num_clips: int
+
+
+class TextEncoderInfo(StrictConfig):
+    name: str
+    weight_hash: str
+    width: int
+
+
+class Counts(StrictConfig):
+    """found = accepted + rejected. An episode that cannot be cut into clips counts as one."""
+
+    found: int
+    accepted: int
+    rejected: int
+    episodes: int
+
+
+class SourceInfo(StrictConfig):
+    episodes: int
+    listing_sha256: str = Field(description="Of the episode ids: tells whether recordings were added or removed.")
+
+
+class DatasetInfo(StrictConfig):
+    """dataset.yaml."""
+
+    schema_version: int
+    code_version: str
+    num_frames: int
+    fps: float
+    actions_per_frame: int
+    control_hz: float
+    views: dict[str, ViewConfig]
+    embodiments: dict[str, Embodiment]
+    codec: CodecInfo
+    text_encoder: TextEncoderInfo
+    counts: Counts
+    sources: dict[str, SourceInfo]
+    build: dict[str, Any] = Field(description="The config that the bytes follow from; a key of BuildConfig each.")
+
+
+def bucket_name(view: ViewConfig, num_frames: int) -> str:
+    return f"{view.height}x{view.width}x{num_frames}"
+
+
+def read_info(dataset: Path) -> DatasetInfo:
+    path = dataset / DATASET_YAML
+    try:
+        record = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if not dataset.is_dir():
+            raise UserError(f"{dataset}: no such folder; give the `out` folder of a finished build.") from None
+        raise UserError(
+            f"{dataset}: holds no {DATASET_YAML}, so it is not a dataset; give the `out` folder of a finished build "
+            "(`python -m data_pipeline.build --help`)."
+        ) from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]}); build the dataset again.") from None
+    version = record.get("schema_version") if isinstance(record, dict) else None
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"{path}: has schema version {version}, but this code reads {SCHEMA_VERSION}; build the dataset again."
+        )
+    try:
+        return DatasetInfo.model_validate(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path}: {where}: {first['msg']}; restore the file or build the dataset again.") from None
+
+
+def read_norm_stats(dataset: Path) -> dict[str, Any]:
+    path = dataset / NORM_STATS
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); build the dataset again.") from None
+
+
+class DatasetFolder:
+    """What a dataset says about itself, its samples apart: description, statistics and encoders.
+
+    An export folder of a trained model carries these files too, so it opens like the dataset that it was trained on.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.info = read_info(self.path)
+        self.norm_stats = read_norm_stats(self.path)
+
+    @property
+    def num_frames(self) -> int:
+        return self.info.num_frames
+
+    @property
+    def fps(self) -> float:
+        return self.info.fps
+
+    @property
+    def control_hz(self) -> float:
+        return self.info.control_hz
+
+    @property
+    def num_actions(self) -> int:
+        """k: actions per clip."""
+        return (self.num_frames - 1) * self.info.actions_per_frame
+
+    @property
+    def actions_per_latent(self) -> int:
+        return self.info.codec.temporal_stride * self.info.actions_per_frame
+
+    @property
+    def embodiments(self) -> dict[str, Embodiment]:
+        return self.info.embodiments
+
+    @property
+    def action_dim(self) -> int:
+        """The widest of the embodiments'; narrower ones are padded and masked. 0 without robots."""
+        return max((e.action_dim for e in self.embodiments.values()), default=0)
+
+    @property
+    def proprio_dim(self) -> int:
+        return max((e.proprio_dim for e in self.embodiments.values()), default=0)
+
+    @property
+    def views(self) -> dict[str, ViewConfig]:
+        return self.info.views
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """(t, c, h, w) of the first view."""
+        return self.latent_shape_of(next(iter(self.views)))
+
+    def latent_shape_of(self, view: str) -> tuple[int, int, int, int]:
+        codec, size = self.info.codec, self.views[self.check_view(view)]
+        frames = 1 + (self.num_frames - 1) // codec.temporal_stride
+        return (frames, codec.latent_channels, size.height // codec.spatial_stride, size.width // codec.spatial_stride)
+
+    def check_view(self, view: str | None) -> str:
+        """The view asked for, or the first where none is."""
+        if view is not None and view not in self.views:
+            raise UserError(f"view={view}: {self.path} has no such view; choose one of {', '.join(self.views)}.")
+        return view or next(iter(self.views))
+
+    def codec(self) -> VideoCodec:
+        codec = load_video_codec(self.path / CODEC)
+        if codec.weight_hash != self.info.codec.weight_hash:
+            raise UserError(
+                f"{self.path / CODEC}: is not the codec that this dataset was encoded with (weight hash "
+                f"{codec.weight_hash[:12]}, expected {self.info.codec.weight_hash[:12]}); restore it or build again."
+            )
+        return codec
+
+    def text_encoder(self) -> TextEncoder:
+        encoder = load_text_encoder(self.path / TEXT_ENCODER)
+        if encoder.weight_hash != self.info.text_encoder.weight_hash:
+            raise UserError(
+                f"{self.path / TEXT_ENCODER}: is not the text encoder that this dataset was encoded with (weight hash "
+                f"{encoder.weight_hash[:12]}, expected {self.info.text_encoder.weight_hash[:12]}); restore it or build "
+                "again."
+            )
+        return encoder
+
+    def normalizer(self, embodiment: str, stats: str, mode: NormalizationMode) -> Normalizer | None:
+        """`stats` is actions_absolute, actions_relative or proprio; None where the robot reports no proprio."""
+        per_embodiment = self.norm_stats["embodiments"]
+        if embodiment not in per_embodiment:
+            known = ", ".join(per_embodiment) or "none"
+            raise UserError(f"{self.path}: has no statistics of embodiment {embodiment!r}; it knows: {known}.")
+        entry = per_embodiment[embodiment][stats]
+        return None if entry is None else Normalizer(entry, mode)
+
+    @property
+    def residual_std(self) -> float:
+        """One number for all channels of how far latents stray from the clip's first latent frame."""
+        per_channel = np.array(self.norm_stats["latents"]["residual_std"])
+        return float(np.sqrt((per_channel**2).mean()))

@@ -1,0 +1,253 @@
+"""Recordings in, dataset folder out, on a real Ray: the same bytes for any number of workers and after any kill."""
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import webdataset
+
+from configs.loader import UserError, dump_config, load_config
+from data_pipeline import build, ray_job
+from data_pipeline.build import BuildConfig
+from data_pipeline.loader import DatasetIndex, Loader, LoaderConfig
+from data_pipeline.sample import Sample
+from data_pipeline.verify import verify
+from data_pipeline.video_io import decode_clip
+from tests.data_pipeline.recordings import numbered_frames, read_numbers, write_lerobot_v21, write_video
+
+CONFIGS = Path(__file__).parents[2] / "configs/data_pipeline"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray():
+    with ray_job.ray_session(None, num_workers=2, object_store_mb=100):
+        yield
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory):
+    """A robot's four episodes, one without its video and one too short; good, damaged and false videos."""
+    root = tmp_path_factory.mktemp("recordings")
+    robot = write_lerobot_v21(root / "robot", lengths=(24, 14, 16, 4), cameras=("observation.images.front",))
+    (robot / "videos/chunk-000/observation.images.front/episode_000002.mp4").unlink()
+    for number in range(3):
+        write_video(
+            root / "people" / f"video {number}.mp4", numbered_frames(range(500 + 100 * number, 520 + 100 * number))
+        )
+    (root / "people/video 0.txt").write_text("wave")
+    whole = (root / "people/video 2.mp4").read_bytes()
+    (root / "people/cut.mp4").write_bytes(whole[: len(whole) // 2])
+    (root / "people/text.mp4").write_text("not a video at all\n" * 50)
+    return root
+
+
+def config_of(recordings, out, **changes):
+    config = {
+        "sources": {
+            "robot": {"kind": "lerobot", "path": recordings / "robot", "licence": "MIT"},
+            "people": {"kind": "video_folder", "path": recordings / "people"},
+        },
+        "out": out,
+        "views": {"front": {"height": 32, "width": 48}},
+        "clip_frames": 5,
+        "stride": 3,
+        "validation_share": 0.3,
+        "codec": {"patch": 4, "channels": 24},
+        "text_encoder": {"width": 16},
+        "num_workers": 2,
+    }
+    return BuildConfig.model_validate(config | changes)
+
+
+def digests(folder):
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def dataset(recordings, tmp_path_factory):
+    out = tmp_path_factory.mktemp("built") / "dataset"
+    assert build.main(config_of(recordings, out)) == 0
+    return out
+
+
+# --- what was built -----------------------------------------------------------------------------------------------
+
+
+def test_every_promise_holds(dataset):
+    assert verify(dataset) == []
+    assert not dataset.with_name("dataset.staging").exists()
+
+
+def test_what_is_rejected_and_why(dataset):
+    rows = pq.read_table(dataset / "rejected.parquet").to_pylist()
+    found = {(row["source"], row["reason"]) for row in rows}
+    assert found == {
+        ("robot", "missing_video"),
+        ("robot", "too_short"),
+        ("people", "truncated_video"),
+        ("people", "not_a_video"),
+    }
+    counts = DatasetIndex(dataset).info.counts
+    assert counts.found == counts.accepted + counts.rejected and counts.episodes == 9
+    # 24, 14 and three times 20 frames in clips of 5 that start every 3 frames
+    assert (counts.accepted, counts.rejected) == (7 + 4 + 3 * 6, 4)
+
+
+def test_pixels_and_actions_belong_together(dataset):
+    """Frame i of episode e shows 100 e + i, and its action says [e, i, 0.5]: the chain keeps them in step."""
+    index = DatasetIndex(dataset)
+    for i in range(len(index)):
+        sample = Sample.from_members(index.read_sample(i))
+        numbers = read_numbers(decode_clip(sample.video["front"]))
+        first = round(sample.meta.start_s * 10) + {"robot": 0, "people": 500}[sample.meta.source.name]
+        assert [number % 100 for number in numbers] == [(first + k) % 100 for k in range(5)]
+        if sample.meta.has_actions:
+            assert sample.meta.source.name == "robot" and sample.meta.source.licence == "MIT"
+            assert sample.actions[:, 0].tolist() == [numbers[0] // 100] * 4
+            assert sample.actions[:, 1].tolist() == [number % 100 for number in numbers[:-1]]
+            np.testing.assert_array_equal(sample.proprio, sample.actions[:, :2] + 100)
+            assert sample.meta.instruction == "push the block" and sample.text is not None
+        else:
+            assert sample.actions is None and sample.meta.source.name == "people"
+            assert (sample.text is not None) == (sample.meta.instruction == "wave")
+
+
+def test_episodes_do_not_straddle_splits(dataset):
+    rows = DatasetIndex(dataset).manifest.to_pylist()
+    splits = {}
+    for row in rows:
+        splits.setdefault((row["source"], row["episode"]), set()).add(row["split"])
+    assert all(len(found) == 1 for found in splits.values())
+    robot = [found for (source, _), found in splits.items() if source == "robot"]
+    assert {"train"} in robot and {"validation"} in robot
+
+
+def test_webdataset_iterates_the_shards(dataset):
+    shards = [str(path) for path in sorted(dataset.rglob("*.tar"))]
+    samples = list(webdataset.WebDataset(shards, shardshuffle=False).decode())
+    assert sorted(sample["__key__"] for sample in samples) == sorted(DatasetIndex(dataset).manifest["key"].to_pylist())
+    labelled = [sample for sample in samples if sample["meta.json"]["has_actions"]]
+    assert labelled and all(sample["actions.npy"].shape == (4, 3) for sample in labelled)
+
+
+def test_training_batches_come_out(dataset):
+    index = DatasetIndex(dataset)
+    config = LoaderConfig(dataset=dataset, global_batch_size=8, text_length=4)
+    batch = next(iter(Loader(index, config)))
+    assert batch["latents"].shape == (8, 2, 24, 8, 12) and batch["text_tokens"].shape == (8, 4, 16)
+    assert batch["actions"].shape == (8, 4, 3) and batch["actions"].abs().max() < 3
+
+
+def test_the_report_shows_everything(dataset):
+    page = (dataset / "report.html").read_text()
+    index = DatasetIndex(dataset)
+    for text in ("robot", "people", "two_joint_arm", "truncated_video", "gripper", f"{index.info.codec.psnr:.1f} dB"):
+        assert text in page
+    assert page.count("data:image/jpeg;base64,") >= 6
+    assert "http://" not in page and "https://" not in page and "<script" not in page
+
+
+# --- the same bytes -----------------------------------------------------------------------------------------------
+
+
+def test_two_builds_are_byte_identical(recordings, dataset, tmp_path):
+    assert build.main(config_of(recordings, tmp_path / "elsewhere", num_workers=1)) == 0
+    assert digests(tmp_path / "elsewhere") == digests(dataset)
+
+
+def test_a_finished_build_says_so_and_another_config_is_refused(recordings, dataset, caplog):
+    before = digests(dataset)
+    with caplog.at_level("INFO"):
+        assert build.main(config_of(recordings, dataset, num_workers=1)) == 0
+    assert "is up to date" in caplog.text
+    with pytest.raises(UserError, match=r"another config \(clip_frames, stride changed\); choose another `out`"):
+        build.main(config_of(recordings, dataset, clip_frames=9, stride=2))
+    assert digests(dataset) == before
+
+
+def test_new_recordings_are_noticed(recordings, dataset):
+    extra = write_video(recordings / "people/later.mp4", numbered_frames(range(20)))
+    try:
+        with pytest.raises(UserError, match=r"other recordings \(episodes came or went\)"):
+            build.main(config_of(recordings, dataset))
+    finally:
+        extra.unlink()
+
+
+def test_a_killed_build_continues_to_the_same_bytes(recordings, dataset, tmp_path):
+    """kill -9 of the driver once the first episodes are staged; Ray's processes go with it."""
+    out, staging = tmp_path / "dataset", tmp_path / "dataset.staging"
+    config_path = tmp_path / "build.yaml"
+    config_path.write_text(dump_config(config_of(recordings, out, num_workers=1)))
+    command = [sys.executable, "-m", "data_pipeline.build", "--config", str(config_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list(staging.glob("curated/*/*.json")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert process.poll() is None, process.stdout.read().decode()
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    with pytest.raises(UserError, match="holds an interrupted build of another config"):
+        build.main(config_of(recordings, out, crf=30))
+    done = {path: path.stat().st_mtime_ns for path in staging.glob("curated/*/*.json")}
+    assert done
+    assert build.main(config_of(recordings, out)) == 0
+    assert digests(out) == digests(dataset)
+
+
+def test_overwriting_replaces_the_dataset_at_the_end(recordings, dataset, tmp_path):
+    """Also: all views of the first source where none are given."""
+    out = tmp_path / "dataset"
+    shutil.copytree(dataset, out)
+    sources = {"robot": {"kind": "lerobot", "path": recordings / "robot"}}
+    build.main(config_of(recordings, out, sources=sources, views=None, height=16, width=32, overwrite=True))
+    assert verify(out) == [] and [path.name for path in tmp_path.iterdir()] == ["dataset"]
+    views = DatasetIndex(out).views
+    assert {name: (view.height, view.width) for name, view in views.items()} == {"front": (16, 32)}
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------
+
+
+def bad(recordings, tmp_path, message, **changes):
+    with pytest.raises(UserError, match=message) as raised:
+        build.main(config_of(recordings, **{"out": tmp_path / "out", **changes}))
+    assert "\n" not in str(raised.value)
+
+
+def test_bad_input_is_one_sentence(recordings, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious/thesis.tex").write_text("do not delete")
+    video = {"kind": "video_folder"}
+    bad(recordings, tmp_path, "there is no such folder", sources={"a": video | {"path": tmp_path / "nowhere"}})
+    bad(recordings, tmp_path, "holds no video", sources={"a": video | {"path": tmp_path / "empty"}})
+    bad(recordings, tmp_path, "needs multiples of 4", views={"front": {"height": 30, "width": 48}})
+    bad(recordings, tmp_path, r"exists and is not a dataset", out=tmp_path / "precious")
+    text = recordings / "people/text.mp4"
+    bad(recordings, tmp_path, "none of its episodes can be read", sources={"a": video | {"path": text}})
+    bad(recordings, tmp_path, "None of the 9 clips and episodes .* too_short", clip_frames=201)
+    assert (tmp_path / "precious/thesis.tex").exists()
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_the_configs_load(path, tmp_path):
+    config = load_config(BuildConfig, path)
+    (tmp_path / "again.yaml").write_text(dump_config(config))
+    assert load_config(BuildConfig, tmp_path / "again.yaml") == config
+
+
+def test_a_typo_is_answered_with_the_nearest_key(tmp_path):
+    (tmp_path / "build.yaml").write_text("sources: {a: {kind: video_folder, path: x}}\nout: y\nclip_frame: 5\n")
+    with pytest.raises(UserError, match="clip_frames"):
+        load_config(BuildConfig, tmp_path / "build.yaml")

@@ -1,0 +1,237 @@
+"""Batches: the same samples for any number of ranks and workers, every sample once per epoch, errors that say where."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configs.loader import UserError
+from data_pipeline.loader import DatasetIndex, Loader, LoaderConfig, global_batch_indices
+from tests.data_pipeline.tiny_dataset import tiny_dataset, tiny_sample
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """23 clips, 5 of them action-free; of 6 episodes, whole ones in validation."""
+    return tiny_dataset(tmp_path_factory.mktemp("loader") / "dataset", clips=(3, 4, 2, 6, 3, 5), action_free=(5,))
+
+
+@pytest.fixture(scope="module")
+def index(dataset):
+    return DatasetIndex(dataset)
+
+
+def loader(index, rank=0, world_size=1, start_step=0, **changes):
+    config = LoaderConfig(dataset=index.path, **{"global_batch_size": 4, "text_length": 6, **changes})
+    return Loader(index, config, rank, world_size, start_step)
+
+
+def take(iterable, number):
+    return [batch for batch, _ in zip(iterable, range(number), strict=False)]
+
+
+# --- order --------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 40), st.integers(1, 60), st.integers(0, 2**31), st.integers(1, 4))
+def test_every_sample_comes_once_per_epoch(num_samples, batch_size, seed, epochs):
+    steps = -(-epochs * num_samples // batch_size)
+    drawn = np.concatenate([global_batch_indices(num_samples, batch_size, seed, step) for step in range(steps)])
+    for epoch in range(epochs):
+        part = drawn[epoch * num_samples : (epoch + 1) * num_samples]
+        assert sorted(part) == list(range(num_samples))
+
+
+def test_epochs_and_seeds_differ():
+    epochs = [global_batch_indices(100, 100, 0, step).tolist() for step in range(3)]
+    assert len({tuple(epoch) for epoch in [*epochs, global_batch_indices(100, 100, 1, 0).tolist()]}) == 4
+
+
+def test_the_order_is_the_one_of_every_earlier_version():
+    """A changed order would break the exact resume of every run that was started before."""
+    assert global_batch_indices(10, 4, 0, 0).tolist() == [0, 8, 9, 3]
+    assert global_batch_indices(10, 4, 0, 2).tolist() == [6, 4, 3, 7]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("start_step", [0, 3])
+def test_ranks_share_the_same_global_batches(index, world_size, start_step):
+    expected = [batch["keys"] for batch in take(loader(index), 8)][start_step:]
+    ranks = [take(loader(index, rank, world_size, start_step), 8 - start_step) for rank in range(world_size)]
+    for step, keys in enumerate(expected):
+        assert [key for rank in ranks for key in rank[step]["keys"]] == keys
+        assert all(len(rank[step]["keys"]) == 4 // world_size for rank in ranks)
+
+
+def test_workers_and_cache_change_nothing(index):
+    plain = take(loader(index), 12)
+    for changes in ({"num_workers": 2}, {"cache_mb": 1}, {"check_sha256": True}):
+        for one, other in zip(plain, take(loader(index, **changes), 12), strict=True):
+            assert one["keys"] == other["keys"]
+            torch.testing.assert_close(
+                {name: value for name, value in one.items() if name != "keys"},
+                {name: value for name, value in other.items() if name != "keys"},
+            )
+
+
+def test_a_dataset_smaller_than_a_batch_repeats_itself(index):
+    (batch,) = take(loader(index, split="validation", global_batch_size=64), 1)
+    counts = np.unique(batch["keys"], return_counts=True)[1]
+    assert len(counts) == len(index.indices("validation")) and counts.max() - counts.min() <= 1
+
+
+# --- content ------------------------------------------------------------------------------------------------------
+
+
+def number_of(key):
+    return float(100 * int(key[3:6]) + int(key[7:]))
+
+
+def test_a_batch_holds_what_its_keys_say(index):
+    stats = index.norm_stats["embodiments"]["arm"]
+    for batch in take(loader(index, normalization="mean_std"), 10):
+        numbers = torch.tensor([number_of(key) for key in batch["keys"]])
+        is_free = torch.tensor([key.startswith("key005") for key in batch["keys"]])
+        assert batch["latents"].dtype == torch.float32 and batch["latents"].shape == (4, 2, 6, 4, 4)
+        # bfloat16 keeps eight bits
+        torch.testing.assert_close(batch["latents"][:, 0, 0, 0, 0], numbers, rtol=2**-8, atol=0.5)
+        assert batch["text_tokens"].shape == (4, 6, 8) and (batch["text_tokens"][:, 3:] == 0).all()
+        assert (batch["text_tokens"][:, :3].abs().sum(-1) > 0).all()  # two words and the end token
+        torch.testing.assert_close(batch["has_actions"], ~is_free)
+        assert batch["actions"].shape == (4, 8, 3) and batch["proprio"].shape == (4, 2)
+        assert (batch["action_is_valid"] == ~is_free[:, None, None]).all()
+        expected = (numbers - stats["actions_absolute"]["mean"][0]) / stats["actions_absolute"]["std"][0]
+        torch.testing.assert_close(
+            batch["actions"], (expected * ~is_free)[:, None, None].expand(4, 8, 3), rtol=1e-4, atol=1e-4
+        )
+        expected = (numbers - stats["proprio"]["mean"][0]) / stats["proprio"]["std"][0]
+        torch.testing.assert_close(batch["proprio"], (expected * ~is_free)[:, None].expand(4, 2), rtol=1e-4, atol=1e-4)
+
+
+def test_actions_that_were_not_recorded_are_masked_and_zero(index, monkeypatch):
+    members = tiny_sample(1, 2).to_members()
+    meta = json.loads(members["meta.json"]) | {"action_spans": [[0, 2], [5, 8]]}
+    members["meta.json"] = json.dumps(meta).encode()
+    monkeypatch.setattr(index, "read_sample", lambda *_, **__: members)
+    batch = next(iter(loader(index, normalization="none")))
+    valid = [True, True, False, False, False, True, True, True]
+    assert batch["action_is_valid"][0].all(dim=1).tolist() == batch["action_is_valid"][0].any(dim=1).tolist() == valid
+    assert batch["actions"][0, :, 0].tolist() == [102.0 * one for one in valid] and batch["has_actions"].all()
+
+
+def test_video_on_request(index):
+    (batch,) = take(loader(index, load_video=True), 1)
+    assert batch["video"].dtype == torch.uint8 and batch["video"].shape == (4, 5, 16, 16, 3)
+    level = torch.tensor([(int(key[3:6]) * 16 + int(key[7:])) % 256 for key in batch["keys"]])
+    assert (batch["video"].float().mean((1, 2, 3, 4)) - level).abs().max() < 3  # a lossy codec
+    assert "video" not in take(loader(index), 1)[0]
+
+
+def test_only_with_actions(index):
+    batches = take(loader(index, only_with_actions=True), 10)
+    assert all(batch["has_actions"].all() for batch in batches)
+
+
+def test_without_robots_the_action_dimension_is_zero(tmp_path):
+    index = DatasetIndex(tiny_dataset(tmp_path / "dataset", clips=(3, 3), action_free=(0, 1)))
+    (batch,) = take(loader(index), 1)
+    assert (index.action_dim, index.proprio_dim) == (0, 0)
+    assert batch["actions"].shape == (4, 8, 0) and batch["proprio"].shape == (4, 0) and not batch["has_actions"].any()
+
+
+def test_what_the_index_tells(index):
+    assert len(index) == 23 and len(index.indices("train")) + len(index.indices("validation")) == 23
+    assert (index.num_frames, index.fps, index.num_actions, index.actions_per_latent) == (5, 10.0, 8, 8)
+    assert index.latent_shape == (2, 6, 4, 4) and (index.action_dim, index.proprio_dim) == (3, 2)
+    assert index.codec().weight_hash == index.info.codec.weight_hash
+    assert index.text_encoder().width == 8
+    assert index.residual_std == 0.0
+    assert index.row(0)["key"] == index.key(0) == index.read_sample(0, check_sha256=True)["__key__"]
+
+
+# --- errors -------------------------------------------------------------------------------------------------------
+
+
+def test_settings_that_cannot_be_met(index):
+    with pytest.raises(UserError, match="cannot be shared equally by 3 ranks; choose a multiple of 3"):
+        loader(index, world_size=3)
+    with pytest.raises(UserError, match=r"view=wrist: .* has no such view; choose one of front"):
+        loader(index, view="wrist")
+
+
+def test_an_empty_split(tmp_path):
+    index = DatasetIndex(tiny_dataset(tmp_path / "dataset", clips=(3,)))
+    with pytest.raises(UserError, match="split validation holds no samples"):
+        loader(index, split="validation")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_half_cut_shard_names_shard_key_and_the_next_move(tmp_path, num_workers):
+    index = DatasetIndex(tiny_dataset(tmp_path / "dataset", clips=(9,)))
+    shard = next(index.path.rglob("*.tar"))
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    pattern = (
+        r"000000\.tar: sample key000-\d{4}: the shard ends at byte \d+.*`python -m data_pipeline\.verify .*dataset`"
+    )
+    with pytest.raises(UserError, match=pattern) as raised:
+        take(loader(index, num_workers=num_workers), 3)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_vanished_shard(tmp_path):
+    index = DatasetIndex(tiny_dataset(tmp_path / "dataset", clips=(3,)))
+    next(index.path.rglob("*.tar")).unlink()
+    with pytest.raises(UserError, match=r"000000\.tar: sample key.*cannot be opened"):
+        take(loader(index), 1)
+
+
+def test_a_flipped_byte_is_found_on_request(tmp_path):
+    index = DatasetIndex(tiny_dataset(tmp_path / "dataset", clips=(3,)))
+    shard = next(index.path.rglob("*.tar"))
+    data = bytearray(shard.read_bytes())
+    start = data.index(b"\x93NUMPY")
+    data[start + 130] ^= 1  # inside the numbers
+    shard.write_bytes(data)
+    take(loader(index), 1)  # a number like any other
+    with pytest.raises(UserError, match="holds other bytes than its checksum promises"):
+        take(loader(index, check_sha256=True), 1)
+    data[start] ^= 1  # no .npy file any more
+    shard.write_bytes(data)
+    with pytest.raises(UserError, match="holds a member that cannot be read"):
+        take(loader(index), 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("dataset.yaml", b"schema_version: 99", "has schema version 99, but this code reads 1"),
+        ("dataset.yaml", b"schema_version: 1\nspeed: 3", "dataset.yaml: code_version: Field required"),
+        ("dataset.yaml", b"a: [", "cannot be read"),
+        ("manifest.parquet", b"PAR1", "manifest.parquet: is missing or damaged"),
+        ("norm_stats.json", b"{", "norm_stats.json: cannot be read"),
+    ],
+)
+def test_damaged_records_say_what_to_do(tmp_path, name, data, message):
+    dataset = tiny_dataset(tmp_path / "dataset", clips=(1, 1))
+    (dataset / name).write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        DatasetIndex(dataset)
+
+
+def test_a_codec_of_another_dataset_is_refused(tmp_path):
+    index = DatasetIndex(tiny_dataset(tmp_path / "dataset", clips=(1, 1)))
+    codec = index.codec()
+    codec.mean += 1
+    codec.save(index.path / "codec")
+    with pytest.raises(UserError, match="is not the codec that this dataset was encoded with"):
+        index.codec()
+
+
+def test_no_dataset_at_all(tmp_path):
+    with pytest.raises(UserError, match=r"no such folder; give the `out` folder of a finished build"):
+        DatasetIndex(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"holds no dataset\.yaml, so it is not a dataset"):
+        DatasetIndex(tmp_path)

@@ -1,0 +1,126 @@
+"""Shards are plain tars whose bytes follow from their samples, and any sample is one ranged read."""
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+import webdataset
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipeline.shards import (
+    ShardError,
+    ShardReader,
+    ShardWriter,
+    TarWriter,
+    index_path,
+    read_index,
+    read_records,
+    tar_records,
+    write_atomic,
+)
+
+suffixes = st.sampled_from(["a.mp4", "meta.json", "text.safetensors", "wrist.latents.safetensors", "actions.npy"])
+samples = st.dictionaries(suffixes, st.binary(min_size=1, max_size=1500), min_size=1)
+
+
+def some_samples(number: int) -> list[dict]:
+    return [
+        {"__key__": f"key{i:02d}", "meta.json": b"%d" % i, "a.mp4": bytes([i]) * (100 * i + 1)} for i in range(number)
+    ]
+
+
+def write(folder, number=7, max_bytes=8000):
+    writer = ShardWriter(folder, "shards/train/1x1x1", max_bytes)
+    locations = [writer.add(tar_records(sample)) for sample in some_samples(number)]
+    writer.close()
+    return locations
+
+
+@given(samples, st.from_regex(r"[A-Za-z0-9_-]{1,40}", fullmatch=True))
+def test_records_are_a_tar_and_read_back(members, key):
+    records = tar_records({"__key__": key, **members})
+    assert read_records(records) == {"__key__": key, **dict(sorted(members.items()))}
+    with tarfile.open(fileobj=io.BytesIO(records + bytes(1024))) as tar:
+        assert {info.name: tar.extractfile(info).read() for info in tar} == {
+            f"{key}.{s}": d for s, d in members.items()
+        }
+        assert all((info.mtime, info.uid, info.gid, info.uname) == (0, 0, 0, "") for info in tar)
+
+
+@given(samples, st.data())
+def test_damaged_records_are_noticed_or_only_differ_in_data(members, data):
+    """A flipped bit in a header is an error; in a member's data, the checksum's business."""
+    records = bytearray(tar_records({"__key__": "k", **members}))
+    position = data.draw(st.integers(0, len(records) - 1))
+    records[position] ^= 1 << data.draw(st.integers(0, 7))
+    try:
+        found = read_records(bytes(records))
+    except ShardError:
+        return
+    assert found.keys() == {"__key__", *members}
+
+
+def test_every_sample_is_one_ranged_read(tmp_path):
+    locations = write(tmp_path)
+    assert len({location.shard for location in locations}) > 1
+    reader = ShardReader(tmp_path, max_open=1)  # also: more shards than open files
+    for sample, location in zip(some_samples(7), locations, strict=True):
+        assert read_records(reader.read(location.shard, location.offset, location.num_bytes)) == dict(
+            sorted(sample.items())
+        )
+    reader.close()
+
+
+def test_the_index_holds_starts_and_the_end(tmp_path):
+    locations = write(tmp_path, max_bytes=10**6)
+    index = read_index(index_path(tmp_path / locations[0].shard))
+    assert index.dtype == np.dtype("<u8")
+    assert index.tolist() == [location.offset for location in locations] + [
+        locations[-1].offset + locations[-1].num_bytes
+    ]
+
+
+def test_webdataset_reads_them(tmp_path):
+    write(tmp_path)
+    shards = [str(path) for path in sorted(tmp_path.rglob("*.tar"))]
+    read = list(webdataset.WebDataset(shards, shardshuffle=False))
+    assert [(sample["__key__"], sample["meta.json"], sample["a.mp4"]) for sample in read] == [
+        (sample["__key__"], sample["meta.json"], sample["a.mp4"]) for sample in some_samples(7)
+    ]
+
+
+def test_the_same_samples_give_the_same_bytes(tmp_path):
+    write(tmp_path / "one")
+    write(tmp_path / "two")
+    files = [sorted(path for path in (tmp_path / name).rglob("*") if path.is_file()) for name in ("one", "two")]
+    assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
+
+
+def test_a_sample_larger_than_a_shard_has_its_own(tmp_path):
+    locations = write(tmp_path, number=3, max_bytes=1)
+    assert [location.offset for location in locations] == [0, 0, 0]
+
+
+def test_an_interrupted_shard_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt), TarWriter(tmp_path / "000000.tar") as writer:
+        writer.add(tar_records(some_samples(2)[1]))
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_half_shard_and_a_missing_one_say_so(tmp_path):
+    last = write(tmp_path, max_bytes=10**6)[-1]
+    path = tmp_path / last.shard
+    path.write_bytes(path.read_bytes()[: last.offset + 100])
+    with pytest.raises(ShardError, match=f"ends at byte {last.offset + 100}, but this sample should reach to byte"):
+        ShardReader(tmp_path).read(last.shard, last.offset, last.num_bytes)
+    with pytest.raises(ShardError, match="cannot be opened"):
+        ShardReader(tmp_path).read("shards/gone.tar", 0, 1)
+
+
+def test_an_atomic_file_replaces_the_old_one(tmp_path):
+    for text in (b"old", b"new"):
+        write_atomic(tmp_path / "deep" / "file", text)
+    assert [path.read_bytes() for path in (tmp_path / "deep").iterdir()] == [b"new"]

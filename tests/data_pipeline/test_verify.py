@@ -1,0 +1,152 @@
+"""Every kind of damage is listed in one line that names file and sample; a sound dataset has none."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from configs.loader import UserError
+from data_pipeline.loader import DatasetIndex
+from data_pipeline.verify import verify
+from tests.data_pipeline.tiny_dataset import tiny_dataset
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    return tiny_dataset(tmp_path / "dataset", clips=(3, 4, 2, 3))
+
+
+def shard_of(dataset, split="train"):
+    return next((dataset / "shards" / split).rglob("*.tar"))
+
+
+def test_a_sound_dataset_holds_every_promise(dataset):
+    assert verify(dataset) == []
+
+
+def test_a_shard_cut_in_half(dataset):
+    shard = shard_of(dataset)
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    (problem,) = verify(dataset)
+    assert (
+        "shards/train/16x16x5/000000.tar: is cut short at byte" in problem and "samples are lost, from key" in problem
+    )
+
+
+def test_a_flipped_byte(dataset):
+    index = DatasetIndex(dataset)
+    row = index.row(index.indices("train")[1])
+    shard = dataset / row["shard"]
+    data = bytearray(shard.read_bytes())
+    data[row["offset"] + row["bytes"] // 2] ^= 1
+    shard.write_bytes(data)
+    assert verify(dataset) == [f"{row['shard']}: {row['key']}: its bytes differ from its checksum"]
+
+
+def test_a_missing_shard(dataset):
+    shard = shard_of(dataset)
+    shard.unlink()
+    (problem,) = [problem for problem in verify(dataset) if ".idx" not in problem]
+    assert problem.startswith("shards/train/16x16x5/000000.tar: is missing, and with it ")
+
+
+def change_manifest(dataset, **columns):
+    path = dataset / "manifest.parquet"
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    for name, value in columns.items():
+        rows[0][name] = value(rows) if callable(value) else value
+    pq.write_table(type(table).from_pylist(rows, schema=table.schema), path)
+
+
+def change_json(path, *keys, value):
+    record = json.loads(path.read_text())
+    inner = record
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    path.write_text(json.dumps(record))
+
+
+DAMAGE = {
+    "two rows with one key": (
+        lambda d: change_manifest(d, key=lambda rows: rows[1]["key"]),
+        "a key must be unique, but 2 rows have it",
+    ),
+    "a key with a dot": (lambda d: change_manifest(d, key="a.b"), "manifest.parquet: a.b: a key has letters"),
+    "an episode in both splits": (
+        lambda d: change_manifest(d, episode=lambda rows: rows[-1]["episode"]),
+        "is in both train and validation",
+    ),
+    "a recording in both splits": (
+        lambda d: change_manifest(d, content_sha256=lambda rows: rows[-1]["content_sha256"]),
+        "manifest.parquet: content_sha256",
+    ),
+    "a lost row": (
+        lambda d: pq.write_table(pq.read_table(d / "manifest.parquet").slice(1), d / "manifest.parquet"),
+        "counts say 12 accepted and 1 rejected, but manifest.parquet has 11 rows",
+    ),
+    "no list of the rejected": (lambda d: (d / "rejected.parquet").unlink(), "rejected.parquet: is missing or damaged"),
+    "counts that do not add up": (
+        lambda d: (d / "dataset.yaml").write_text((d / "dataset.yaml").read_text().replace("found: 13", "found: 14")),
+        "found 14 is not 12 accepted + 1 rejected",
+    ),
+    "statistics of other data": (
+        lambda d: change_json(
+            d / "norm_stats.json", "embodiments", "arm", "actions_absolute", "q99", value=[1.0, 2.0, 3.0]
+        ),
+        "norm_stats.json: embodiments.arm.actions_absolute.q99: the training clips give other numbers",
+    ),
+    "a missing statistic": (
+        lambda d: change_json(d / "norm_stats.json", "latents", "std", value=None),
+        "norm_stats.json: latents.std: is missing",
+    ),
+    "no codec": (lambda d: (d / "codec" / "config.json").unlink(), "codec"),
+    "no manifest": (lambda d: (d / "manifest.parquet").unlink(), "manifest.parquet: is missing or damaged"),
+    "no report": (lambda d: (d / "report.html").unlink(), "report.html: is missing; write it with"),
+    "no index": (lambda d: shard_of(d).with_name("000000.tar.idx").unlink(), "its index 000000.tar.idx is missing"),
+    "another index": (
+        lambda d: shard_of(d).with_name("000000.tar.idx").write_bytes(np.arange(3, dtype="<u8").tobytes()),
+        "its index 000000.tar.idx differs from the manifest",
+    ),
+    "a stray shard": (
+        lambda d: (d / "shards/train/16x16x5/000009.tar").write_bytes(b""),
+        "000009.tar: no sample of the manifest is in it",
+    ),
+    "bytes after the end": (
+        lambda d: shard_of(d).write_bytes(shard_of(d).read_bytes() + b"x" * 512),
+        "000000.tar: has",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_named(dataset, name):
+    damage, message = DAMAGE[name]
+    damage(dataset)
+    problems = verify(dataset)
+    assert any(message in problem for problem in problems), problems
+    assert all("\n" not in problem for problem in problems)
+
+
+def test_a_sample_that_does_not_fit_its_dataset(dataset):
+    """Sound in itself, with a right checksum, but of another rate than dataset.yaml says."""
+    path = dataset / "dataset.yaml"
+    path.write_text(path.read_text().replace("\nfps: 10.0", "\nfps: 12.0"))
+    problems = verify(dataset)
+    assert len(problems) == 12 and all(problem.endswith("fps: expected 12.0, found 10.0") for problem in problems)
+
+
+def test_no_dataset_is_bad_input(tmp_path):
+    with pytest.raises(UserError, match=r"holds no dataset\.yaml"):
+        verify(tmp_path)
+
+
+def test_the_command_lists_and_exits_with_one(dataset):
+    command = [sys.executable, "-m", "data_pipeline.verify", str(dataset)]
+    shard_of(dataset).unlink()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "000000.tar: is missing" in done.stdout and "Traceback" not in done.stderr

@@ -1,0 +1,124 @@
+"""A small dataset folder in milliseconds: staged by hand, packed by the real code, no recordings and no Ray.
+
+Samples say who they are: every latent, action and proprio number of clip `c` of episode `e` is `100 e + c`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data_pipeline.dataset import DatasetInfo
+from data_pipeline.embodiments import Embodiment
+from data_pipeline.encode import measure_codec
+from data_pipeline.encoders import EmbeddedCodec, HashedTextEncoder
+from data_pipeline.pack import assign_splits, count, pack
+from data_pipeline.preview import write_report
+from data_pipeline.sample import SCHEMA_VERSION, Sample, SampleMeta, SourceMeta, ViewMeta
+from data_pipeline.shards import TarWriter, tar_records
+from data_pipeline.staging import EncodedRecord, EpisodeRecord, Rejection, StagedClip, Staging, write_record
+from data_pipeline.video_io import ViewConfig, encode_video
+
+VIEW = ViewConfig(height=16, width=16)
+NUM_FRAMES, FPS, ACTIONS_PER_FRAME, CHANNELS = 5, 10.0, 2, 6
+ROBOT = Embodiment(name="arm", action_names=("x", "y", "gripper"), proprio_names=("x", "y"), control_hz=20.0)
+
+
+def tiny_sample(episode: int, clip: int, *, has_actions: bool = True, text: str | None = "push it") -> Sample:
+    number = float(100 * episode + clip)
+    num_actions = (NUM_FRAMES - 1) * ACTIONS_PER_FRAME
+    meta = SampleMeta(
+        schema_version=SCHEMA_VERSION,
+        source=SourceMeta(name="lab", uri=f"lab/{episode}", licence=None, sha256=f"{episode:064d}"),
+        episode=f"episode_{episode}",
+        clip_index=clip,
+        start_s=float(clip),
+        fps=FPS,
+        control_hz=FPS * ACTIONS_PER_FRAME if has_actions else None,
+        num_frames=NUM_FRAMES,
+        views={"front": ViewMeta(height=16, width=16, role="external")},
+        embodiment=ROBOT.name if has_actions else None,
+        instruction=text,
+        captions=(text,) if text else (),
+        has_actions=has_actions,
+        success=None,
+        action_spans=((0, num_actions),) if has_actions else (),
+        filter_scores={"motion": 0.25},
+    )
+    frames = np.full((NUM_FRAMES, 16, 16, 3), (episode * 16 + clip) % 256, dtype=np.uint8)
+    return Sample(
+        key=f"key{episode:03d}-{clip:04d}",
+        meta=meta,
+        video={"front": encode_video(frames, None, FPS)},
+        latents={"front": torch.full((2, CHANNELS, 4, 4), number, dtype=torch.bfloat16)},
+        text=HashedTextEncoder(8).encode([text])[0].to(torch.bfloat16) if text else None,
+        actions=np.full((num_actions, 3), number, dtype=np.float32) if has_actions else None,
+        proprio=np.full((num_actions, 2), number, dtype=np.float32) if has_actions else None,
+    )
+
+
+def tiny_dataset(
+    folder: Path, clips: Sequence[int] = (3, 4, 2), action_free: Sequence[int] = (), max_shard_mb: int = 1
+) -> Path:
+    """`clips[e]` clips in episode e; the episodes in `action_free` have no actions. One rejected episode besides."""
+    staging = Staging(folder.with_name(folder.name + ".staging"))
+    records = [_stage(staging, episode, number, episode not in action_free) for episode, number in enumerate(clips)]
+    rejection = Rejection(where="lab/broken", reason="not_a_video", detail="it is a text file")
+    common = {"source": "lab", "content_sha256": None, "embodiment": None, "has_actions": False, "repairs": ()}
+    records.append(EpisodeRecord(**common, episode="broken", found=1, clips=(), rejected=(rejection,)))
+    splits = assign_splits(records, 0.2)
+    torch.manual_seed(0)
+    codec, encoder = EmbeddedCodec(torch.zeros(192), torch.rand(192, CHANNELS), 1.0, patch=4), HashedTextEncoder(8)
+    video = np.zeros((NUM_FRAMES, 16, 16, 3), dtype=np.uint8)
+    info = DatasetInfo(
+        schema_version=SCHEMA_VERSION,
+        code_version="test",
+        num_frames=NUM_FRAMES,
+        fps=FPS,
+        actions_per_frame=ACTIONS_PER_FRAME,
+        control_hz=FPS * ACTIONS_PER_FRAME,
+        views={"front": VIEW},
+        embodiments={} if len(action_free) == len(clips) else {ROBOT.name: ROBOT},
+        codec=measure_codec(codec, iter([video]), "train"),
+        text_encoder={"name": encoder.name, "weight_hash": encoder.weight_hash, "width": encoder.width},
+        counts=count(records),
+        sources={"lab": {"episodes": len(records), "listing_sha256": "0" * 64}},
+        build={"sources": {"lab": {"licence": None}}},
+    )
+    packed = pack(staging, records, splits, info, max_shard_mb)
+    codec.save(packed / "codec")
+    encoder.save(packed / "text_encoder")
+    packed.rename(folder)
+    write_report(folder)
+    return folder
+
+
+def _stage(staging: Staging, episode: int, num_clips: int, has_actions: bool) -> EpisodeRecord:
+    name = f"episode_{episode}"
+    curated, encoded = staging.curated_tar("lab", name), staging.encoded_tar("lab", name)
+    clips, rows = [], []
+    with TarWriter(curated) as curated_writer, TarWriter(encoded) as encoded_writer:
+        for clip in range(num_clips):
+            sample = tiny_sample(episode, clip, has_actions=has_actions)
+            members = sample.to_members()
+            later = {"__key__", "front.latents.safetensors", "text.safetensors"}
+            first = tar_records(
+                {name: data for name, data in members.items() if name == "__key__" or name not in later}
+            )
+            second = tar_records({name: members[name] for name in later})
+            place = {"offset": curated_writer.add(first), "num_bytes": len(first)}
+            clips.append(StagedClip(key=sample.key, clip_index=clip, start_s=float(clip), motion=0.25, **place))
+            rows.append((sample.key, encoded_writer.add(second), len(second)))
+    write_record(encoded, EncodedRecord(clips=tuple(rows)))
+    return EpisodeRecord(
+        source="lab",
+        episode=name,
+        content_sha256=f"{episode:064d}",
+        embodiment=ROBOT.name if has_actions else None,
+        has_actions=has_actions,
+        found=num_clips,
+        clips=tuple(clips),
+        rejected=(),
+        repairs=(),
+    )
