@@ -9,12 +9,13 @@ ones, and a row imagined under another clip's actions.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from pydantic import Field
 
 from configs.loader import StrictConfig, run_command
@@ -27,6 +28,7 @@ from .exported import load_world_model
 logger = logging.getLogger(__name__)
 
 GAP = 4  # white pixels between the rows of one clip; three times as many between clips
+LABEL_WIDTH = 150
 
 
 class RolloutConfig(StrictConfig):
@@ -35,9 +37,9 @@ class RolloutConfig(StrictConfig):
     checkpoint: Path = Field(description="export/ folder of a pretraining run")
     dataset: Path = Field(description="dataset folder whose validation split is imagined")
     output: Path = Field(description="folder for the mp4 files and strips.png")
-    num_clips: int = Field(6, ge=2, description="clips to imagine")
+    num_clips: int = Field(5, ge=2, description="clips to imagine")
     num_draws: int = Field(4, ge=1, description="noises averaged in each mean prediction")
-    enlarge: int = Field(2, ge=1, description="each pixel becomes so many in the pictures")
+    enlarge: int = Field(3, ge=1, description="each pixel becomes so many in the pictures")
     seed: int = Field(0, ge=0, description="which clips, and their noise")
 
 
@@ -60,21 +62,28 @@ def main(config: RolloutConfig) -> None:
     for number, (true, predicted) in enumerate(zip(real, imagined[0], strict=True)):
         side_by_side = enlarged(np.concatenate([true, predicted], axis=2), config.enlarge)
         encode_video(side_by_side, config.output / f"clip_{number:03d}.mp4", index.fps)
-    picture = strips([real, *imagined], num_columns=9)
-    Image.fromarray(enlarged(picture[None], config.enlarge)[0]).save(config.output / "strips.png")
+    rows = {"real": real, "imagined": imagined[0], "other actions": imagined[1]}
+    strips(rows, num_columns=5, enlarge=config.enlarge).save(config.output / "strips.png")
     logger.info("wrote %d clips and strips.png to %s", len(real), config.output)
 
 
-def strips(videos: list[UInt8[np.ndarray, "b f h w 3"]], num_columns: int) -> UInt8[np.ndarray, "height width 3"]:
-    """Per clip one row of frames from each video, the rows of a clip close together."""
+def strips(rows: Mapping[str, UInt8[np.ndarray, "b f h w 3"]], num_columns: int, enlarge: int) -> Image.Image:
+    """Per clip one labelled row of frames from each video, the rows of a clip close together."""
+    videos = list(rows.values())
     columns = np.unique(np.linspace(0, videos[0].shape[1] - 1, num_columns).round().astype(int))
-    rows: list[np.ndarray] = []
-    for clip in range(len(videos[0])):
-        for video in videos:
-            row = np.concatenate(list(video[clip, columns]), axis=1)
-            rows += [row, np.full((GAP, row.shape[1], 3), 255, np.uint8)]
-        rows.append(np.full((2 * GAP, rows[0].shape[1], 3), 255, np.uint8))
-    return np.concatenate(rows[:-2])
+    height = enlarge * videos[0].shape[2]
+    tops = [
+        clip * (len(rows) * (height + GAP) + 2 * GAP) + row * (height + GAP)
+        for clip in range(len(videos[0]))
+        for row in range(len(rows))
+    ]
+    picture = Image.new("RGB", (LABEL_WIDTH + enlarge * videos[0].shape[3] * len(columns), tops[-1] + height), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=18)
+    cells = ((label, video[clip, columns]) for clip in range(len(videos[0])) for label, video in rows.items())
+    for top, (label, frames) in zip(tops, cells, strict=True):
+        draw.text((4, top + height // 2 - 9), label, fill="black", font=font)
+        picture.paste(Image.fromarray(np.concatenate(list(enlarged(frames, enlarge)), axis=1)), (LABEL_WIDTH, top))
+    return picture
 
 
 def enlarged(video: UInt8[np.ndarray, "f h w 3"], factor: int) -> UInt8[np.ndarray, "f h2 w2 3"]:
