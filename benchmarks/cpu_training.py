@@ -49,8 +49,8 @@ def training_step(model: ObservationSpaceWorldModel, batch: dict[str, Tensor], d
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     """What `transformer.attention` does on a GPU, on the CPU."""
-    swapped = (x.transpose(1, 2) for x in (query, key, value))
-    return F.scaled_dot_product_attention(*swapped, attn_mask=mask).transpose(1, 2)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
 
 
 def compare(name: str, first: Callable[[], None], second: Callable[[], None], repeats: int) -> None:

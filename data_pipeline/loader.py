@@ -56,7 +56,6 @@ class LoaderConfig(StrictConfig):
     load_video: bool = Field(False, description="Also decode the pixels.")
     num_workers: int = Field(0, ge=0, description="Reading processes per rank; 0: read in the training process.")
     prefetch_factor: PositiveInt = Field(2, description="Batches that each worker reads ahead.")
-    cache_mb: int = Field(0, ge=0, description="Memory per reading process for samples once read; for small datasets.")
     check_sha256: bool = Field(False, description="Compare each sample read with the manifest's checksum.")
 
 
@@ -230,8 +229,6 @@ class ClipDataset(Dataset[Batch]):
             name: (index.normalizer(name, "actions_absolute", mode), index.normalizer(name, "proprio", mode))
             for name in index.embodiments
         }
-        self._cache: dict[int, Batch] = {}
-        self._cache_room = config.cache_mb * 2**20
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -244,19 +241,12 @@ class ClipDataset(Dataset[Batch]):
             return error
 
     def __getitem__(self, position: int) -> Batch:
-        if position in self._cache:
-            return self._cache[position]
         i = int(self.indices[position])
         members = self.index.read_sample(i, check_sha256=self.config.check_sha256)
         try:
-            clip = self._tensors(members)
+            return self._tensors(members)
         except (KeyError, ValueError, RuntimeError, VideoError) as error:
             raise self.index.damaged(i, f"holds a member that cannot be read ({error})") from error
-        size = sum(value.nbytes for value in clip.values() if isinstance(value, torch.Tensor))
-        if size <= self._cache_room:
-            self._cache_room -= size
-            self._cache[position] = clip
-        return clip
 
     def _tensors(self, members: dict[str, Any]) -> Batch:
         meta = SampleMeta.model_validate_json(members["meta.json"])

@@ -175,7 +175,7 @@ def _predict_policy(
             f"{index.path}: was encoded with another codec than {checkpoint} was trained on: build it with that codec"
         )
     policy = Policy.load(checkpoint, blind=is_blind)
-    loader = policy.config.loader.model_copy(update={"load_video": is_blind, "cache_mb": 0})
+    loader = policy.config.loader.model_copy(update={"load_video": is_blind})
     dataset = ClipDataset(index, clips.positions, loader)
     chunks = []
     for start in range(0, len(dataset), batch_size):

@@ -71,7 +71,7 @@ class PretrainConfig(TrainConfig):
 # A resumed run may differ in these: they leave the losses as they are.
 MAY_CHANGE = frozenset(
     {"run_dir", "checkpoint_every", "keep_last", "validate_every", "validation_batches", "log_every"}
-    | {"loader.num_workers", "loader.prefetch_factor", "loader.cache_mb", "loader.check_sha256", "engine.timeout_s"}
+    | {"loader.num_workers", "loader.prefetch_factor", "loader.check_sha256", "engine.timeout_s"}
 )
 
 

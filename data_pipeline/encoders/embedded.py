@@ -26,9 +26,6 @@ from configs.loader import UserError
 
 from .base import TEMPORAL_STRIDE
 
-MOVING_THRESHOLD = 0.12
-"""A pixel moves where any of its colours differs from the clip's first frame by more than this, in [-1, 1]."""
-
 # A 64-clip batch at once was several times slower than small ones: the blocks fall out of the CPU's caches.
 _ENCODE_BATCH = 4
 
