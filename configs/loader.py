@@ -5,8 +5,10 @@ holds for both. Everything a user can get wrong ends as a `UserError`: one sente
 """
 
 import logging
+import os
 import re
 import shutil
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -14,14 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
 
 from .fields import config_classes_at, field_at, fields_by_key, is_text, leaf_types, summarise_fields
-from .problems import explain, show, suggest
+from .problems import explain, explain_refusal, show, suggest
 from .yaml_text import parse_yaml, write_yaml, write_yaml_value
 
 BAD_INPUT = 2
-STOPPED_BY_USER = 130  # what a shell reports after Ctrl-C
+STOPPED_BY_USER, OUTPUT_CLOSED = 130, 141  # what a shell reports after Ctrl-C, and after a closed pipe
 
 T = TypeVar("T", bound="StrictConfig")
 
@@ -55,6 +57,14 @@ class StrictConfig(BaseModel):
             if isinstance(given, dict) and isinstance(default, StrictConfig) and info.annotation is default.__class__:
                 merged[key] = _merge(default.model_dump(exclude_unset=True, by_alias=True), given)
         return merged
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_an_empty_path(cls, value: Any, info: ValidationInfo) -> Any:
+        """`out=$UNSET` would otherwise mean the current folder."""
+        if value == "" and info.field_name and Path in leaf_types(cls.model_fields[info.field_name].annotation):
+            raise ValueError("should be a path; the current folder is written as a dot")
+        return value
 
     @field_validator("*", mode="after")
     @classmethod
@@ -178,6 +188,8 @@ def run_command(
     argv: Sequence[str] | None = None,
 ) -> NoReturn:
     """Runs `main` on the config that the command line names and exits with its code (None counts as 0)."""
+    # `kill`, a scheduler and Ctrl-C end a command alike: it cleans up what it has begun.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         arguments = _parse_arguments(sys.argv[1:] if argv is None else argv, config_class, positional)
         if arguments.wants_help:
@@ -188,13 +200,29 @@ def run_command(
             sys.stdout.write(dump_config(config))
             sys.exit(0)
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-        sys.exit(main(config) or 0)
+        code = main(config) or 0
+        sys.stdout.flush()
+        sys.exit(code)
     except UserError as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        sys.exit(BAD_INPUT)
+        _exit_with(str(error))
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its exit
+        sys.exit(OUTPUT_CLOSED)
+    except OSError as error:
+        refusal = explain_refusal(error)
+        if refusal is None:
+            raise
+        _exit_with(refusal)
     except KeyboardInterrupt:
         sys.stderr.write("stopped\n")
         sys.exit(STOPPED_BY_USER)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _exit_with(sentence: str) -> NoReturn:
+    sys.stderr.write(f"error: {' '.join(sentence.split())}\n")
+    sys.exit(BAD_INPUT)
 
 
 @dataclass

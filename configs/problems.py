@@ -1,6 +1,7 @@
 """A failed validation told in one sentence: where, what, what is allowed, the next move."""
 
 import difflib
+import errno
 import re
 import reprlib
 from collections.abc import Sequence
@@ -40,7 +41,7 @@ def explain(
     is_override = any(name == key or name.startswith(f"{key}.") or key.startswith(f"{name}.") for name in overridden)
     where = "command line" if is_override or path is None else str(path)
     details = same_place[0]
-    if details["type"] == "extra_forbidden":
+    if details["type"] in ("extra_forbidden", "invalid_key"):  # the latter: a key that is not even text
         sentence = f'{where}: unknown key "{key}"{_nearest_key(config_class, details["loc"], key)}'
     elif details["type"] == "missing":
         sentence = f'{where}: "{key}" is required but not given; add it to the config file or write {key}=VALUE'
@@ -82,6 +83,8 @@ def _reason(details: Any) -> str:
     """pydantic's message as the end of our sentence."""
     message = str(details["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
     message = re.sub(r"^Input (should|tag|is)", lambda match: match.group(1), message)
+    if details["type"] in ("path_type", "bool_type", "bool_parsing"):
+        return "should be a path" if details["type"] == "path_type" else "should be true or false"
     if details["type"] in ("tuple_type", "list_type"):
         return f"{message} (write [a, b])"
     if details["type"] == "literal_error" and isinstance(details["input"], str):
@@ -89,3 +92,28 @@ def _reason(details: Any) -> str:
         near = difflib.get_close_matches(details["input"], known, n=1)
         return message + (f'; did you mean "{near[0]}"?' if near else "")
     return message
+
+
+# --- the file system ----------------------------------------------------------------------------------------------
+
+_NEXT_MOVES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space there and start the same command again"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "change its permissions or choose another path"),
+    errno.EROFS: "choose a path on a disk that can be written",
+    errno.ENOTDIR: "a file stands where a folder should be, so choose another path",
+    errno.EISDIR: "a folder stands where a file should be, so choose another path",
+    **dict.fromkeys((errno.EEXIST, errno.ENOTEMPTY), "move away what is there or choose another path"),
+    errno.ENAMETOOLONG: "choose a shorter path",
+    errno.EMFILE: "raise the limit of open files (`ulimit -n`)",
+}
+
+
+def explain_refusal(error: OSError) -> str | None:
+    """What the file system refuses (a full disk, a folder that may not be written, a file in the way), in one sentence.
+
+    None for other errors: a file that suddenly is not there, for example, may well be our own mistake.
+    """
+    if error.errno not in _NEXT_MOVES:
+        return None
+    where = error.filename2 or error.filename
+    return f"{f'{where}: ' if where else ''}{error.strerror}; {_NEXT_MOVES[error.errno]}."

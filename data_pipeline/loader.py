@@ -42,21 +42,30 @@ Batch = dict[str, Any]
 """
 
 
-class LoaderConfig(StrictConfig):
+class InputConfig(StrictConfig):
+    """What a model is fed; whoever uses the model later has to feed it the same."""
+
+    view: str | None = Field(None, description="Which view's latents (and video); null: the dataset's first.")
+    normalization: NormalizationMode = Field("quantile", description="Of actions and proprio, per embodiment.")
+    text_length: PositiveInt = Field(32, description="Text tokens per sample: padded with zeros or cut to so many.")
+
+
+class LoaderConfig(InputConfig):
     """How a dataset is read in training."""
 
     dataset: Path = Field(description="The dataset folder that `data_pipeline.build` wrote.")
     split: Split = "train"
-    view: str | None = Field(None, description="Which view's latents (and video); null: the dataset's first.")
     global_batch_size: PositiveInt = Field(64, description="Samples per step over all ranks.")
     seed: int = Field(0, ge=0, description="Of the sample order.")
-    normalization: NormalizationMode = Field("quantile", description="Of actions and proprio, per embodiment.")
-    text_length: PositiveInt = Field(32, description="Text tokens per sample: padded with zeros or cut to so many.")
     only_with_actions: bool = Field(False, description="Leave out action-free clips.")
     load_video: bool = Field(False, description="Also decode the pixels.")
     num_workers: int = Field(0, ge=0, description="Reading processes per rank; 0: read in the training process.")
     prefetch_factor: PositiveInt = Field(2, description="Batches that each worker reads ahead.")
     check_sha256: bool = Field(False, description="Compare each sample read with the manifest's checksum.")
+
+    @property
+    def inputs(self) -> InputConfig:
+        return InputConfig(**{name: getattr(self, name) for name in InputConfig.model_fields})
 
 
 # --- sample order -------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from pydantic import Field
 from configs.loader import StrictConfig, UserError
 from data_pipeline.align import spans_mask
 from data_pipeline.dataset import DatasetFolder, Split
-from data_pipeline.loader import ClipDataset, DatasetIndex, collate
+from data_pipeline.loader import ClipDataset, DatasetIndex, LoaderConfig, collate
 from data_pipeline.sample import SampleMeta, read_array
 from data_pipeline.video_io import decode_clip
 
@@ -175,7 +175,7 @@ def _predict_policy(
             f"{index.path}: was encoded with another codec than {checkpoint} was trained on: build it with that codec"
         )
     policy = Policy.load(checkpoint, blind=is_blind)
-    loader = policy.config.loader.model_copy(update={"load_video": is_blind})
+    loader = LoaderConfig(dataset=index.path, load_video=is_blind, **policy.config.inputs.model_dump())
     dataset = ClipDataset(index, clips.positions, loader)
     chunks = []
     for start in range(0, len(dataset), batch_size):

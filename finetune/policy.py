@@ -17,7 +17,7 @@ from torch import Tensor
 from configs.loader import StrictConfig, UserError
 from data_pipeline.dataset import DatasetFolder
 from data_pipeline.encoders import pad_text
-from data_pipeline.loader import LoaderConfig
+from data_pipeline.loader import InputConfig
 from data_pipeline.video_io import prepare_view
 from pretrain.exported import load_model_config, load_weights
 from pretrain.world_models.base import Batch
@@ -32,7 +32,7 @@ class PolicyModelConfig(StrictConfig):
 
     world_model: ObservationSpaceConfig
     policy: JointVideoActionConfig
-    loader: LoaderConfig = Field(description="how training read its samples: view, normalisation, text length")
+    inputs: InputConfig
     embodiment: str = Field(description="the robot whose statistics scale proprio and actions")
     execute_steps: int = Field(ge=1, description="actions executed before replanning")
 
@@ -46,11 +46,11 @@ class Policy:
         self.model = model.eval()
         self.config = config
         self.is_blind = is_blind
-        self.view_name = dataset.check_view(config.loader.view)
+        self.view_name = dataset.check_view(config.inputs.view)
         self.view = dataset.views[self.view_name]
         self.text_encoder = dataset.text_encoder()
-        self.text_length = config.loader.text_length
-        embodiment, mode = config.embodiment, config.loader.normalization
+        self.text_length = config.inputs.text_length
+        embodiment, mode = config.embodiment, config.inputs.normalization
         actions = dataset.normalizer(embodiment, "actions_absolute", mode)
         if actions is None:
             raise UserError(

@@ -65,7 +65,7 @@ def build_policy_model(config: FinetuneConfig, index: DatasetIndex) -> tuple[Joi
     described = PolicyModelConfig(
         world_model=world_model.config,
         policy=policy,
-        loader=config.loader,
+        inputs=config.loader.inputs,
         embodiment=embodiment,
         execute_steps=config.execute_steps,
     )

@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 
 from configs.loader import StrictConfig, UserError, run_command
-from data_pipeline.loader import ClipDataset, DatasetIndex, LoaderConfig, collate
+from data_pipeline.loader import ClipDataset, DatasetIndex, InputConfig, LoaderConfig, collate
 from data_pipeline.video_quality import PixelError, moving_pixels
 
 from .exported import load_world_model
@@ -46,7 +46,7 @@ def main(config: EvaluateConfig) -> None:
     world_model, model_config, described = load_world_model(config.checkpoint)
     index = DatasetIndex(config.dataset)
     check_same_codec(index, described.info.codec.weight_hash, config.checkpoint)
-    figures = evaluate(world_model, index, model_config.loader, config)
+    figures = evaluate(world_model, index, model_config.inputs, config)
     text = json.dumps(figures, indent=2)
     sys.stdout.write(text + "\n")
     if config.output is not None:
@@ -55,14 +55,14 @@ def main(config: EvaluateConfig) -> None:
 
 
 def evaluate(
-    world_model: ObservationSpaceWorldModel, index: DatasetIndex, loader: LoaderConfig, config: EvaluateConfig
+    world_model: ObservationSpaceWorldModel, index: DatasetIndex, inputs: InputConfig, config: EvaluateConfig
 ) -> dict[str, float | int | None]:
     """PSNR in dB over all pixels and over moving ones; the figures' names are those of the demo's results."""
     rows = {name: PixelError() for name in ("model", "shuffled", "copy_last")}
     num_clips = 0
     context_frames = world_model.context_frames
     generator = torch.Generator().manual_seed(config.seed)
-    for batch in validation_batches(index, loader, config.max_clips, config.batch_size, config.seed):
+    for batch in validation_batches(index, inputs, config.max_clips, config.batch_size, config.seed):
         video = batch["video"].numpy()
         true = video[:, context_frames:]
         moves = moving_pixels(video)[:, context_frames:]
@@ -97,7 +97,7 @@ def imagine(
 
 
 def validation_batches(
-    index: DatasetIndex, loader: LoaderConfig, max_clips: int, batch_size: int, seed: int
+    index: DatasetIndex, inputs: InputConfig, max_clips: int, batch_size: int, seed: int
 ) -> Iterator[Batch]:
     """Held-out clips that have actions, each once, with their pixels; evenly spread, in a fixed random order."""
     indices = index.indices("validation", only_with_actions=True)
@@ -108,7 +108,7 @@ def validation_batches(
         )
     chosen = indices[np.unique(np.linspace(0, len(indices) - 1, min(max_clips, len(indices))).round().astype(int))]
     chosen = np.random.default_rng(seed).permutation(chosen)
-    clips = ClipDataset(index, chosen, loader.model_copy(update={"load_video": True, "dataset": index.path}))
+    clips = ClipDataset(index, chosen, LoaderConfig(dataset=index.path, load_video=True, **inputs.model_dump()))
     # The last batch takes the remainder, so that no clip is alone: its actions could not be shuffled.
     for part in np.array_split(np.arange(len(chosen)), max(1, len(chosen) // batch_size)):
         batch = collate([clips[int(position)] for position in part])

@@ -9,14 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from configs.loader import StrictConfig, UserError, load_config
 from data_pipeline.dataset import DatasetFolder
-from data_pipeline.loader import LoaderConfig
+from data_pipeline.loader import InputConfig
 
 from .world_models.observation_space import ObservationSpaceConfig, ObservationSpaceWorldModel
 
@@ -29,7 +28,7 @@ class WorldModelConfig(StrictConfig):
     """`model.yaml` of a pretraining run."""
 
     world_model: ObservationSpaceConfig
-    loader: LoaderConfig = Field(description="how training read its samples: view, normalisation, text length")
+    inputs: InputConfig
 
 
 def load_model_config(folder: Path, config_class: type[ConfigT]) -> ConfigT:

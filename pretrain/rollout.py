@@ -48,7 +48,7 @@ def main(config: RolloutConfig) -> None:
     index = DatasetIndex(config.dataset)
     check_same_codec(index, described.info.codec.weight_hash, config.checkpoint)
     generator = torch.Generator().manual_seed(config.seed)
-    (batch,) = validation_batches(index, model_config.loader, config.num_clips, config.num_clips, config.seed)
+    (batch,) = validation_batches(index, model_config.inputs, config.num_clips, config.num_clips, config.seed)
     context_frames = world_model.context_frames
     real = batch["video"].numpy()
     shuffled = batch["actions"].roll(len(real) // 2, 0)

@@ -90,7 +90,7 @@ def main(config: PretrainConfig) -> int:
     index = DatasetIndex(config.loader.dataset)
     torch.manual_seed(config.seed)  # every rank starts from the same weights
     world_model = build_world_model(config.model, index)
-    model_yaml = dump_config(WorldModelConfig(world_model=world_model.config, loader=config.loader))
+    model_yaml = dump_config(WorldModelConfig(world_model=world_model.config, inputs=config.loader.inputs))
     with StopSignal() as stop:
         return train(config, world_model, model_yaml, dataset_batches(index, config.loader), stop, export_files(index))
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from configs.loader import UserError
-from data_pipeline.loader import DatasetIndex, LoaderConfig
+from data_pipeline.loader import DatasetIndex, InputConfig
 from finetune.baselines import BehaviourCloningConfig, NetworkConfig
 from finetune.baselines import main as train_behaviour_cloning
 from finetune.evaluate import EvaluateConfig, main, open_loop_table
@@ -31,7 +31,7 @@ class OffByOne:
 
     def __init__(self, folder: Path, blind: bool) -> None:
         self.normalizer = DatasetIndex(folder).normalizer("arm", "actions_absolute", "quantile")
-        self.config = SimpleNamespace(loader=LoaderConfig(dataset=folder))
+        self.config = SimpleNamespace(inputs=InputConfig())
         self.is_blind = blind
 
     @classmethod
