@@ -6,7 +6,7 @@
 #
 # Environment:  PYTHON           the interpreter to build .venv from (default: the first python3 that is >= 3.11)
 #               TORCH_INDEX_URL  where pip takes torch from, for example a CPU-only or a CUDA 13 wheel index
-#               PIP_ARGS         further arguments for every `pip install`
+#               PIP_ARGS         further arguments for every `pip install` (--verbose to see what it does)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -80,12 +80,13 @@ install_python_packages() {
         echo "setup: making $VENV with $("$python" --version)"
         "$python" -m venv --clear $VENV
     fi
+    echo "setup: installing Python packages into $VENV, which takes a few minutes the first time"
     # torch comes first and alone: left to the resolver, another package's wish may pull a different build of it.
     # shellcheck disable=SC2086  # PIP_ARGS is a list of words
-    $VENV/bin/python -m pip install ${PIP_ARGS:-} ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} \
+    $VENV/bin/python -m pip install --quiet ${PIP_ARGS:-} ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} \
         "$(grep '^torch==' constraints.txt)"
     # shellcheck disable=SC2086
-    $VENV/bin/python -m pip install ${PIP_ARGS:-} -c constraints.txt -e ".[$EXTRAS]"
+    $VENV/bin/python -m pip install --quiet ${PIP_ARGS:-} -c constraints.txt -e ".[$EXTRAS]"
     touch $VENV/.ready # make compares its age with pyproject.toml, constraints.txt and this file
 }
 

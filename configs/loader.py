@@ -7,6 +7,7 @@ holds for both. Everything a user can get wrong ends as a `UserError`: one sente
 import logging
 import os
 import re
+import select
 import shutil
 import signal
 import sys
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from .fields import config_classes_at, field_at, fields_by_key, is_text, leaf_types, summarise_fields
 from .problems import explain, explain_refusal, show, suggest
@@ -57,14 +58,6 @@ class StrictConfig(BaseModel):
             if isinstance(given, dict) and isinstance(default, StrictConfig) and info.annotation is default.__class__:
                 merged[key] = _merge(default.model_dump(exclude_unset=True, by_alias=True), given)
         return merged
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _refuse_an_empty_path(cls, value: Any, info: ValidationInfo) -> Any:
-        """`out=$UNSET` would otherwise mean the current folder."""
-        if value == "" and info.field_name and Path in leaf_types(cls.model_fields[info.field_name].annotation):
-            raise ValueError("should be a path; the current folder is written as a dot")
-        return value
 
     @field_validator("*", mode="after")
     @classmethod
@@ -150,8 +143,10 @@ def _parse_override(config_class: type[BaseModel], parts: Sequence[str], text: s
     info = field_at(config_class, parts)
     if info is None or not is_text(info.annotation):
         return _parse(text, f"command line: {'.'.join(parts)}={text}: ")
-    is_null = text == "null" and type(None) in leaf_types(info.annotation)
-    return None if is_null else text
+    leaves = leaf_types(info.annotation)
+    if not text and Path in leaves:  # `out=$UNSET`, which would otherwise mean the current folder
+        raise UserError(f"command line: {'.'.join(parts)}= is empty; give a path (the current folder is a dot).")
+    return None if text == "null" and type(None) in leaves else text
 
 
 def _set_at(data: dict[str, Any], parts: Sequence[str], value: Any, key: str) -> None:
@@ -191,24 +186,15 @@ def run_command(
     # `kill`, a scheduler and Ctrl-C end a command alike: it cleans up what it has begun.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        arguments = _parse_arguments(sys.argv[1:] if argv is None else argv, config_class, positional)
-        if arguments.wants_help:
-            sys.stdout.write(_help_text(config_class, _command_name(main), description or "", positional))
-            sys.exit(0)
-        config = load_config(config_class, arguments.config, arguments.overrides)
-        if arguments.wants_config:
-            sys.stdout.write(dump_config(config))
-            sys.exit(0)
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-        code = main(config) or 0
-        sys.stdout.flush()
+        code = _run(main, config_class, description or "", positional, sys.argv[1:] if argv is None else argv)
+        if sys.stdout:  # None where it was closed, as for a daemon
+            sys.stdout.flush()
         sys.exit(code)
     except UserError as error:
         _exit_with(str(error))
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its exit
-        sys.exit(OUTPUT_CLOSED)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _output_is_closed():
+            sys.exit(OUTPUT_CLOSED)
         refusal = explain_refusal(error)
         if refusal is None:
             raise
@@ -218,6 +204,35 @@ def run_command(
         sys.exit(STOPPED_BY_USER)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _run(
+    main: Callable[[T], int | None],
+    config_class: type[T],
+    description: str,
+    positional: str | None,
+    argv: Sequence[str],
+) -> int:
+    arguments = _parse_arguments(argv, config_class, positional)
+    if arguments.wants_help:
+        sys.stdout.write(_help_text(config_class, _command_name(main), description, positional))
+        return 0
+    config = load_config(config_class, arguments.config, arguments.overrides)
+    if arguments.wants_config:
+        sys.stdout.write(dump_config(config))
+        return 0
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    return main(config) or 0
+
+
+def _output_is_closed() -> bool:
+    """Whether nobody reads what we write any more, as after `| head`."""
+    output = select.poll()
+    output.register(sys.stdout, 0)
+    is_closed = bool(output.poll(0))  # the only event that can come is an error
+    if is_closed:  # the interpreter flushes once more when it exits, and would complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return is_closed
 
 
 def _exit_with(sentence: str) -> NoReturn:

@@ -65,8 +65,8 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(f"{line}not valid YAML: {error.problem or error.context}") from None
     except yaml.YAMLError as error:
         raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from None
-    except (ValueError, AttributeError, KeyError) as error:  # PyYAML's own, for `!!int abc`, `!!timestamp x`, `!!bool x`
-        raise ValueError(f"not valid YAML: a value does not fit its type ({error})") from None
+    except (ValueError, AttributeError, KeyError):  # what PyYAML makes of `!!int abc`, `!!timestamp abc`, `!!bool abc`
+        raise ValueError("not valid YAML: a value does not fit its type") from None
     except RecursionError:
         raise ValueError("not valid YAML: its brackets are nested too deeply") from None
 

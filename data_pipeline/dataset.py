@@ -18,13 +18,13 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
 from configs.loader import StrictConfig, UserError
 
 from .embodiments import Embodiment
 from .encoders import TextEncoder, VideoCodec, load_text_encoder, load_video_codec
-from .normalize import NormalizationMode, Normalizer
+from .normalize import NormalizationMode, Normalizer, VectorStats
 from .sample import SCHEMA_VERSION
 from .video_io import ViewConfig
 
@@ -77,9 +77,9 @@ REJECTED_SCHEMA = pa.schema(
 class CodecInfo(StrictConfig):
     name: str
     weight_hash: str
-    temporal_stride: int
-    spatial_stride: int
-    latent_channels: int
+    temporal_stride: PositiveInt
+    spatial_stride: PositiveInt
+    latent_channels: PositiveInt
     psnr: float = Field(description="dB of decoded latents against the stored video, over all pixels.")
     psnr_moving: float | None = Field(description="The same over moving pixels; null where nothing moves.")
     psnr_split: Split = Field(description="The clips they were measured on; train where there are no others.")
@@ -89,7 +89,7 @@ class CodecInfo(StrictConfig):
 class TextEncoderInfo(StrictConfig):
     name: str
     weight_hash: str
-    width: int
+    width: PositiveInt
 
 
 class Counts(StrictConfig):
@@ -111,17 +111,40 @@ class DatasetInfo(StrictConfig):
 
     schema_version: int
     code_version: str
-    num_frames: int
-    fps: float
-    actions_per_frame: int
-    control_hz: float
-    views: dict[str, ViewConfig]
+    num_frames: PositiveInt
+    fps: PositiveFloat
+    actions_per_frame: PositiveInt
+    control_hz: PositiveFloat
+    views: dict[str, ViewConfig] = Field(min_length=1)
     embodiments: dict[str, Embodiment]
     codec: CodecInfo
     text_encoder: TextEncoderInfo
     counts: Counts
     sources: dict[str, SourceInfo]
     build: dict[str, Any] = Field(description="The config that the bytes follow from; a key of BuildConfig each.")
+
+
+class ControlStats(StrictConfig):
+    """Of one robot, over its training clips."""
+
+    actions_absolute: VectorStats
+    actions_relative: VectorStats
+    proprio: VectorStats | None = Field(description="null: the robot reports none.")
+
+
+class LatentStatistics(StrictConfig):
+    """Per latent channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    residual_std: tuple[float, ...] = Field(min_length=1)
+
+
+class NormStats(StrictConfig):
+    """norm_stats.json."""
+
+    embodiments: dict[str, ControlStats]
+    latents: LatentStatistics
 
 
 def bucket_name(view: ViewConfig, num_frames: int) -> str:
@@ -149,17 +172,33 @@ def read_info(dataset: Path) -> DatasetInfo:
     try:
         return DatasetInfo.model_validate(record)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}: {where}: {first['msg']}; restore the file or build the dataset again.") from None
+        raise _not_as_written(path, error) from None
+
+
+def read_rejected(dataset: Path) -> pa.Table:
+    return _read_table(dataset / REJECTED).cast(REJECTED_SCHEMA)
+
+
+def read_manifest(dataset: Path) -> pa.Table:
+    return _read_table(dataset / MANIFEST).cast(MANIFEST_SCHEMA)
 
 
 def read_norm_stats(dataset: Path) -> dict[str, Any]:
     path = dataset / NORM_STATS
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
+        NormStats.model_validate(record)
+    except ValidationError as error:
+        raise _not_as_written(path, error) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); build the dataset again.") from None
+        raise UserError(f"{path}: cannot be read ({error}); restore the file or build the dataset again.") from None
+    return record
+
+
+def _not_as_written(path: Path, error: ValidationError) -> UserError:
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"]))
+    return UserError(f"{path}: {where}: {first['msg']}; restore the file or build the dataset again.")
 
 
 class DatasetFolder:
@@ -172,6 +211,17 @@ class DatasetFolder:
         self.path = Path(path)
         self.info = read_info(self.path)
         self.norm_stats = read_norm_stats(self.path)
+        for robot in self.info.embodiments.values():
+            self._check_stats(robot)
+
+    def _check_stats(self, robot: Embodiment) -> None:
+        stats = self._stats_of(robot.name)
+        found = tuple(0 if stats[what] is None else len(stats[what]["mean"]) for what in ("actions_absolute", "proprio"))
+        if found != (robot.action_dim, robot.proprio_dim):
+            raise UserError(
+                f"{self.path / NORM_STATS}: has {found[0]} action and {found[1]} proprio values of {robot.name}, but "
+                f"{DATASET_YAML} describes {robot.action_dim} and {robot.proprio_dim}; restore both files."
+            )
 
     @property
     def num_frames(self) -> int:
@@ -248,12 +298,15 @@ class DatasetFolder:
 
     def normalizer(self, embodiment: str, stats: str, mode: NormalizationMode) -> Normalizer | None:
         """`stats` is actions_absolute, actions_relative or proprio; None where the robot reports no proprio."""
+        entry = self._stats_of(embodiment)[stats]
+        return None if entry is None else Normalizer(entry, mode)
+
+    def _stats_of(self, embodiment: str) -> dict[str, Any]:
         per_embodiment = self.norm_stats["embodiments"]
         if embodiment not in per_embodiment:
             known = ", ".join(per_embodiment) or "none"
             raise UserError(f"{self.path}: has no statistics of embodiment {embodiment!r}; it knows: {known}.")
-        entry = per_embodiment[embodiment][stats]
-        return None if entry is None else Normalizer(entry, mode)
+        return per_embodiment[embodiment]
 
     @property
     def residual_std(self) -> float:

@@ -33,7 +33,7 @@ Batch = dict[str, Any]
 
     latents          float32 [b t c h w]
     text_tokens      float32 [b l d]      zero-padded; all zero where the clip has no text
-    actions          float32 [b k a]      normalised per embodiment; zero where not valid
+    actions          float32 [b k a]      normalised per embodiment; zero where not valid; a and s are at least 1
     action_is_valid  bool    [b k a]      false: no action was recorded, or the robot has fewer dimensions
     has_actions      bool    [b]
     proprio          float32 [b s]        at the clip's first frame, normalised; zero where there is none
@@ -282,9 +282,10 @@ class ClipDataset(Dataset[Batch]):
 
     def _control(self, members: dict[str, Any], meta: SampleMeta) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         index = self.index
-        actions = torch.zeros(index.num_actions, index.action_dim)
-        is_valid = torch.zeros(index.num_actions, index.action_dim, dtype=torch.bool)
-        proprio = torch.zeros(index.proprio_dim)
+        # At least one number wide, so that no model needs a case for video without robots, or robots without proprio.
+        actions = torch.zeros(index.num_actions, max(index.action_dim, 1))
+        is_valid = torch.zeros(actions.shape, dtype=torch.bool)
+        proprio = torch.zeros(max(index.proprio_dim, 1))
         if not meta.has_actions:
             return actions, is_valid, proprio
         assert meta.embodiment is not None

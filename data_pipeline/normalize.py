@@ -4,11 +4,14 @@
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from pydantic import NonNegativeInt, model_validator
+
+from configs.loader import StrictConfig
 
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
@@ -19,6 +22,29 @@ MAX_ROWS = 2**18
 
 _CONSTANT = 1e-5
 """A range below this (relative to the values) is rounding noise of a dimension that never moved."""
+
+
+class VectorStats(StrictConfig):
+    """What `StreamingStats` measures: one number per dimension each."""
+
+    count: NonNegativeInt
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    min: tuple[float, ...]
+    max: tuple[float, ...]
+    q01: tuple[float, ...]
+    q99: tuple[float, ...]
+
+    @property
+    def dim(self) -> int:
+        return len(self.mean)
+
+    @model_validator(mode="after")
+    def _dims_agree(self) -> Self:
+        dims = {name: len(values) for name, values in self if isinstance(values, tuple)}
+        if len(set(dims.values())) > 1:
+            raise ValueError(f"the statistics have different numbers of dimensions: {dims}")
+        return self
 
 
 class StreamingStats:

@@ -135,7 +135,11 @@ def tensor_bytes(name: str, tensor: Tensor) -> bytes:
 
 
 def read_tensor(name: str, data: bytes) -> Tensor:
-    return safetensors_torch.load(data)[name]
+    """Raises ValueError or KeyError where the bytes are not those of `tensor_bytes`."""
+    try:
+        return safetensors_torch.load(data)[name]
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
 
 
 # --- validation ---------------------------------------------------------------------------------------------------

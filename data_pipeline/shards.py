@@ -185,7 +185,10 @@ class ShardReader:
         self._files: OrderedDict[str, int] = OrderedDict()
 
     def read(self, shard: str, offset: int, num_bytes: int) -> bytes:
-        data = os.pread(self._file(shard), num_bytes, offset)
+        try:
+            data = os.pread(self._file(shard), num_bytes, offset)
+        except OSError as error:
+            raise ShardError(f"cannot be read ({error.strerror})") from error
         if len(data) < num_bytes:
             size = os.fstat(self._file(shard)).st_size
             raise ShardError(f"ends at byte {size}, but this sample should reach to byte {offset + num_bytes}")

@@ -12,31 +12,32 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
-from pydantic import Field
-from safetensors.torch import load_file, save_file
+from pydantic import Field, PositiveInt
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from configs.loader import StrictConfig, UserError, dump_config, load_config, run_command
 from data_pipeline.align import spans_mask
 from data_pipeline.dataset import DatasetFolder, Split
 from data_pipeline.loader import DatasetIndex
-from data_pipeline.normalize import Normalizer
+from data_pipeline.normalize import Normalizer, VectorStats
 from data_pipeline.sample import SampleMeta, read_array
 from data_pipeline.video_io import ViewConfig, decode_clip, prepare_view
 from pretrain.engine.ranks import bf16_is_faster
+from pretrain.exported import WEIGHTS, load_weights
 
 from .held_actions import random_actions
 from .simulators.base import Observation
 
 log = logging.getLogger(__name__)
 
-WEIGHTS, SPEC = "model.safetensors", "behaviour_cloning.yaml"
+SPEC = "behaviour_cloning.yaml"
 
 
 class RandomPolicy:
@@ -68,21 +69,21 @@ class BehaviourCloningSpec(StrictConfig):
     """What is saved beside the weights: enough to act."""
 
     network: NetworkConfig
-    action_horizon: int
-    execute_steps: int
+    action_horizon: PositiveInt
+    execute_steps: PositiveInt
     view: str
     view_config: ViewConfig
     instructions: tuple[str, ...]
-    action_stats: dict[str, Any]
-    proprio_stats: dict[str, Any] | None
+    action_stats: VectorStats
+    proprio_stats: VectorStats | None
 
     @property
     def action_dim(self) -> int:
-        return len(self.action_stats["mean"])
+        return self.action_stats.dim
 
     @property
     def proprio_dim(self) -> int:
-        return len(self.proprio_stats["mean"]) if self.proprio_stats else 0
+        return self.proprio_stats.dim if self.proprio_stats else 0
 
 
 class BehaviourCloningNetwork(nn.Module):
@@ -138,7 +139,7 @@ class BehaviourCloning:
             )
         spec = load_config(BehaviourCloningSpec, folder / SPEC)
         network = BehaviourCloningNetwork(spec)
-        network.load_state_dict(load_file(folder / WEIGHTS))
+        load_weights(network, folder, described_by=SPEC)
         return cls(spec, network)
 
     def save(self, folder: Path) -> None:
@@ -186,8 +187,8 @@ def instruction_indices(known: Sequence[str], instructions: Sequence[str]) -> In
 
 
 def _normalizers(spec: BehaviourCloningSpec) -> tuple[Normalizer, Normalizer | None]:
-    proprio = Normalizer(spec.proprio_stats, "mean_std") if spec.proprio_stats else None
-    return Normalizer(spec.action_stats, "mean_std"), proprio
+    proprio = Normalizer(spec.proprio_stats.model_dump(), "mean_std") if spec.proprio_stats else None
+    return Normalizer(spec.action_stats.model_dump(), "mean_std"), proprio
 
 
 # --- its training data -----------------------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ from data_pipeline.dataset import DatasetFolder, Split
 from data_pipeline.loader import ClipDataset, DatasetIndex, LoaderConfig, collate
 from data_pipeline.sample import SampleMeta, read_array
 from data_pipeline.video_io import decode_clip
+from pretrain.evaluate import check_same_codec, check_same_robot
+from pretrain.world_models.observation_space import resolve
 
 from .baselines import BehaviourCloning, choose_embodiment
 
@@ -65,10 +67,11 @@ def evaluate_open_loop(
         log.info("%s: predicting %d clips", row, len(clips.positions))
         if row == "bc":
             assert behaviour_cloning is not None
-            predictions[row] = _predict_bc(BehaviourCloning.load(behaviour_cloning), index, clips, config.batch_size)
+            cloned = BehaviourCloning.load(behaviour_cloning)
+            predictions[row] = _predict_bc(cloned, index, embodiment, clips, config.batch_size)
         else:
             assert checkpoint is not None
-            predictions[row] = _predict_policy(checkpoint, row == "blind", index, clips, config.batch_size)
+            predictions[row] = _predict_policy(checkpoint, row == "blind", index, embodiment, clips, config.batch_size)
     # Every row is judged on the same actions: those that the shortest chunk reaches.
     horizon = min([clips.actions.shape[1], *(predicted.shape[1] for predicted in predictions.values())])
     shape = (len(clips.actions), horizon, clips.actions.shape[2])
@@ -165,16 +168,15 @@ def _last_action(earlier: _Control, clip: _Control) -> Float[np.ndarray, "a"]:
 
 @torch.no_grad()
 def _predict_policy(
-    checkpoint: Path, is_blind: bool, index: DatasetIndex, clips: Clips, batch_size: int
+    checkpoint: Path, is_blind: bool, index: DatasetIndex, embodiment: str, clips: Clips, batch_size: int
 ) -> Float[np.ndarray, "n k a"]:
     from .policy import Policy  # a model and its codec: only where such a row is asked for
 
-    trained_on = DatasetFolder(checkpoint).info.codec.weight_hash
-    if trained_on != index.info.codec.weight_hash:
-        raise UserError(
-            f"{index.path}: was encoded with another codec than {checkpoint} was trained on: build it with that codec"
-        )
+    trained_on = DatasetFolder(checkpoint)
+    check_same_codec(index, trained_on)
+    check_same_robot(index, embodiment, trained_on, needs_proprio=True)
     policy = Policy.load(checkpoint, blind=is_blind)
+    resolve(policy.config.world_model, index)
     loader = LoaderConfig(dataset=index.path, load_video=is_blind, **policy.config.inputs.model_dump())
     dataset = ClipDataset(index, clips.positions, loader)
     chunks = []
@@ -186,8 +188,15 @@ def _predict_policy(
 
 
 def _predict_bc(
-    policy: BehaviourCloning, index: DatasetIndex, clips: Clips, batch_size: int
+    policy: BehaviourCloning, index: DatasetIndex, embodiment: str, clips: Clips, batch_size: int
 ) -> Float[np.ndarray, "n k a"]:
+    index.check_view(policy.spec.view)
+    robot = index.embodiments[embodiment]
+    if (robot.action_dim, robot.proprio_dim) != (policy.spec.action_dim, policy.spec.proprio_dim):
+        raise UserError(
+            f"{index.path}: {embodiment} has {robot.action_dim} actions and {robot.proprio_dim} proprio values, but "
+            f"behaviour cloning was trained on {policy.spec.action_dim} and {policy.spec.proprio_dim}: train it anew"
+        )
     chunks = []
     proprio = clips.proprio if clips.proprio is not None else np.zeros((len(clips.positions), 1), np.float32)
     for start in range(0, len(clips.positions), batch_size):

@@ -52,10 +52,8 @@ class Policy:
         self.text_length = config.inputs.text_length
         embodiment, mode = config.embodiment, config.inputs.normalization
         actions = dataset.normalizer(embodiment, "actions_absolute", mode)
-        if actions is None:
-            raise UserError(
-                f"{dataset.path}: has no action statistics of {embodiment!r}, so no policy can act with it."
-            )
+        if actions is None or embodiment not in dataset.embodiments:
+            raise UserError(f"{dataset.path}: does not describe the robot {embodiment!r}, so no policy can act with it.")
         self.action_normalizer = actions
         self.proprio_normalizer = dataset.normalizer(embodiment, "proprio", mode)
         self.action_dim = dataset.embodiments[embodiment].action_dim

@@ -19,9 +19,9 @@ from configs.loader import UserError, dump_config, run_command
 from data_pipeline.loader import DatasetIndex
 from pretrain.evaluate import check_same_codec
 from pretrain.exported import load_world_model
-from pretrain.run import StopSignal, log_on_main_rank_only
+from pretrain.run import StopSignal, exclusive, log_on_main_rank_only
 from pretrain.train import TrainConfig, dataset_batches, export_files, resume_run, train
-from pretrain.world_models.observation_space import ObservationSpaceWorldModel
+from pretrain.world_models.observation_space import ObservationSpaceWorldModel, resolve
 
 from .paradigms.joint_video_action import JointVideoAction, JointVideoActionConfig
 from .policy import PolicyModelConfig
@@ -45,7 +45,7 @@ def main(config: FinetuneConfig) -> int:
     torch.manual_seed(config.seed)  # every rank starts from the same weights
     model, described = build_policy_model(config, index)
     batches = dataset_batches(index, config.loader)
-    with StopSignal() as stop:
+    with exclusive(config.run_dir), StopSignal() as stop:
         return train(config, model, dump_config(described), batches, stop, export_files(index))
 
 
@@ -75,13 +75,14 @@ def build_policy_model(config: FinetuneConfig, index: DatasetIndex) -> tuple[Joi
 def adapt_world_model(pretrained: Path, index: DatasetIndex) -> ObservationSpaceWorldModel:
     """The pretrained weights; on a robot with other actions all but the action conditioner, which starts anew."""
     world_model, _, described = load_world_model(pretrained)
-    check_same_codec(index, described.info.codec.weight_hash, pretrained)
+    check_same_codec(index, described)
     sizes = {"action_dim": index.action_dim, "actions_per_latent": index.actions_per_latent}
     known = {name: getattr(world_model.config, name) for name in sizes}
+    config = resolve(world_model.config.model_copy(update=sizes), index)
     if known == sizes:
         return world_model.train()
     logger.warning("pretrained for %s, the dataset has %s: the action conditioner starts anew", known, sizes)
-    adapted = ObservationSpaceWorldModel(world_model.config.model_copy(update=sizes), world_model.codec)
+    adapted = ObservationSpaceWorldModel(config, world_model.codec)
     adapted.video.load_state_dict(world_model.video.state_dict())
     return adapted
 

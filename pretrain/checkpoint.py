@@ -15,10 +15,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -44,7 +46,7 @@ def find_checkpoints(folder: Path) -> list[Path]:
 def verify_checkpoint(path: Path) -> None:
     """Compares every file with its checksum; raises a `UserError` that names the first one that differs."""
     text = (path / CHECKSUMS).read_bytes() if (path / CHECKSUMS).is_file() else b""
-    if hashlib.sha256(text).hexdigest() != (path / COMPLETE).read_text().strip():
+    if hashlib.sha256(text).hexdigest().encode() != (path / COMPLETE).read_bytes().strip():
         raise _damaged(path, CHECKSUMS, "is missing or does not match COMPLETE")
     expected: dict[str, dict[str, Any]] = json.loads(text)
     for name, promise in expected.items():
@@ -82,7 +84,6 @@ def load_checkpoint(folder: Path, engine: Engine, ema: ExponentialMovingAverage)
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Weights by name, from a safetensors file that a checkpoint or an export holds."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
@@ -111,26 +112,27 @@ def save_checkpoint(
     """
     final = folder / f"step_{state['step']:08d}"
     partial = folder / f"{TEMPORARY}{final.name}"
-    if engine.is_main:
-        for leftover in folder.glob(f"{TEMPORARY}*"):
-            shutil.rmtree(leftover)
-        (partial / ENGINE_FOLDER).mkdir(parents=True)
-    engine.barrier()
-    engine.save(partial / ENGINE_FOLDER)
-    weights = engine.full_state_dict()
-    if engine.is_main:
-        write_weights(partial / WEIGHTS, weights)
-        write_weights(partial / EMA_WEIGHTS, {**weights, **ema.average})
-        (partial / STATE).write_text(json.dumps(dict(state), indent=1) + "\n")
-        for name, text in texts.items():
-            (partial / name).write_text(text)
-    engine.barrier()  # every rank's files are there
-    if engine.is_main:
-        _seal(partial)
-        _replace_folder(partial, final)
-        for old in find_checkpoints(folder)[:-keep_last]:
-            _remove_checkpoint(old)
-    engine.barrier()
+    with _told_if_refused(final, partial):
+        if engine.is_main:
+            for leftover in folder.glob(f"{TEMPORARY}*"):
+                shutil.rmtree(leftover)
+            (partial / ENGINE_FOLDER).mkdir(parents=True)
+        engine.barrier()
+        engine.save(partial / ENGINE_FOLDER)
+        weights = engine.full_state_dict()
+        if engine.is_main:
+            write_weights(partial / WEIGHTS, weights)
+            write_weights(partial / EMA_WEIGHTS, {**weights, **ema.average})
+            (partial / STATE).write_text(json.dumps(dict(state), indent=1) + "\n")
+            for name, text in texts.items():
+                (partial / name).write_text(text)
+        engine.barrier()  # every rank's files are there
+        if engine.is_main:
+            _seal(partial)
+            _replace_folder(partial, final)
+            for old in find_checkpoints(folder)[:-keep_last]:
+                _remove_checkpoint(old)
+        engine.barrier()
     return final
 
 
@@ -153,21 +155,44 @@ def write_export(
     folders that are needed to use them, where those exist. Collective.
     """
     weights = {**engine.full_state_dict(), **ema.average}
-    if engine.is_main:
-        partial = folder.with_name(f"{TEMPORARY}{folder.name}")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write_weights(partial / WEIGHTS, weights)
-        for name, text in texts.items():
-            (partial / name).write_text(text)
-        for source in copies:
-            if source.is_dir():
-                shutil.copytree(source, partial / source.name)
-            elif source.is_file():
-                shutil.copy(source, partial / source.name)
-        _sync_tree(partial)
-        _replace_folder(partial, folder)
-    engine.barrier()
+    partial = folder.with_name(f"{TEMPORARY}{folder.name}")
+    with _told_if_refused(folder, partial):
+        if engine.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            write_weights(partial / WEIGHTS, weights)
+            for name, text in texts.items():
+                (partial / name).write_text(text)
+            for source in copies:
+                if source.is_dir():
+                    shutil.copytree(source, partial / source.name)
+                elif source.is_file():
+                    shutil.copy(source, partial / source.name)
+            _sync_tree(partial)
+            _replace_folder(partial, folder)
+        engine.barrier()
+
+
+@contextmanager
+def _told_if_refused(final: Path, partial: Path) -> Iterator[None]:
+    """One sentence where the disk refuses. What was half-written goes, what was there before stays."""
+    try:
+        yield
+        return
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+    except RuntimeError as error:
+        if "inline_container" in str(error):  # all that torch says, whose archives DeepSpeed writes
+            reason = "the disk is full or fails"
+        elif "Connection closed by peer" in str(error):
+            reason = "another rank ended in the middle of it"
+        else:
+            raise
+    shutil.rmtree(partial, ignore_errors=True)
+    raise UserError(
+        f"{final}: cannot be written ({reason}); see to the disk's space and permissions, then start the same command "
+        "again: it goes on from the newest checkpoint that is there."
+    )
 
 
 def _seal(folder: Path) -> None:

@@ -20,12 +20,13 @@ import torch
 from pydantic import Field
 
 from configs.loader import StrictConfig, UserError, run_command
+from data_pipeline.dataset import DatasetFolder
 from data_pipeline.loader import ClipDataset, DatasetIndex, InputConfig, LoaderConfig, collate
 from data_pipeline.video_quality import PixelError, moving_pixels
 
 from .exported import load_world_model
 from .world_models.base import Batch
-from .world_models.observation_space import ObservationSpaceWorldModel
+from .world_models.observation_space import ObservationSpaceConfig, ObservationSpaceWorldModel, resolve
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class EvaluateConfig(StrictConfig):
 def main(config: EvaluateConfig) -> None:
     world_model, model_config, described = load_world_model(config.checkpoint)
     index = DatasetIndex(config.dataset)
-    check_same_codec(index, described.info.codec.weight_hash, config.checkpoint)
+    check_fits(index, world_model.config, described)
     figures = evaluate(world_model, index, model_config.inputs, config)
     text = json.dumps(figures, indent=2)
     sys.stdout.write(text + "\n")
@@ -116,12 +117,38 @@ def validation_batches(
         yield batch
 
 
-def check_same_codec(index: DatasetIndex, weight_hash: str, checkpoint: Path) -> None:
+def check_fits(index: DatasetIndex, config: ObservationSpaceConfig, trained_on: DatasetFolder) -> None:
+    """Refuse clips that a world model cannot, or must not, be asked about."""
+    check_same_codec(index, trained_on)
+    resolve(config, index)
+    for robot in index.embodiments:
+        check_same_robot(index, robot, trained_on)
+
+
+def check_same_codec(index: DatasetIndex, trained_on: DatasetFolder) -> None:
     """Latents of another codec mean nothing to a model, and nothing would show but bad pictures."""
-    if index.info.codec.weight_hash != weight_hash:
+    ours, theirs = index.info.codec.weight_hash, trained_on.info.codec.weight_hash
+    if ours != theirs:
         raise UserError(
-            f"{index.path} was encoded with codec {index.info.codec.weight_hash[:12]}, but {checkpoint} was trained "
-            f"on codec {weight_hash[:12]}; use the dataset that it was trained on, or train on this one."
+            f"{index.path} was encoded with codec {ours[:12]}, but {trained_on.path} was trained on codec "
+            f"{theirs[:12]}; use the dataset that it was trained on, or train on this one."
+        )
+
+
+def check_same_robot(
+    index: DatasetIndex, name: str, trained_on: DatasetFolder, *, needs_proprio: bool = False
+) -> None:
+    """Actions of another robot mean nothing to a model either, even where there are as many of them."""
+    if name not in trained_on.embodiments:
+        raise UserError(
+            f"{index.path} has actions of the robot {name}, but {trained_on.path} was trained on "
+            f"{', '.join(trained_on.embodiments) or 'none'}; use a dataset of that, or train on this one."
+        )
+    ours, theirs = index.embodiments[name], trained_on.embodiments[name]
+    if ours.action_names != theirs.action_names or (needs_proprio and ours.proprio_names != theirs.proprio_names):
+        raise UserError(
+            f"the actions or proprio of {name} in {index.path} have another layout than those that {trained_on.path} "
+            "was trained on; use a dataset with the same, or train on this one."
         )
 
 

@@ -38,7 +38,7 @@ def load_model_config(folder: Path, config_class: type[ConfigT]) -> ConfigT:
     return load_config(config_class, path)
 
 
-def load_weights(module: nn.Module, folder: Path) -> None:
+def load_weights(module: nn.Module, folder: Path, described_by: str = MODEL_YAML) -> None:
     """Load strictly: a missing or unknown tensor is an error that names it."""
     path = folder / WEIGHTS
     try:
@@ -50,8 +50,8 @@ def load_weights(module: nn.Module, folder: Path) -> None:
     wrong += [name for name in expected.keys() & weights.keys() if expected[name].shape != weights[name].shape]
     if wrong:
         raise UserError(
-            f"{path}: does not fit the model that {folder / MODEL_YAML} describes; the first of {len(wrong)} "
-            f"differences is tensor {wrong[0]!r}; give the export/ folder of one run, unchanged."
+            f"{path}: does not fit the model that {folder / described_by} describes; the first of {len(wrong)} "
+            f"differences is tensor {wrong[0]!r}; restore both files as their run wrote them."
         )
     module.load_state_dict(weights)
 

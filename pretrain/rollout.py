@@ -22,7 +22,7 @@ from configs.loader import StrictConfig, run_command
 from data_pipeline.loader import DatasetIndex
 from data_pipeline.video_io import encode_video
 
-from .evaluate import check_same_codec, imagine, validation_batches
+from .evaluate import check_fits, imagine, validation_batches
 from .exported import load_world_model
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class RolloutConfig(StrictConfig):
 def main(config: RolloutConfig) -> None:
     world_model, model_config, described = load_world_model(config.checkpoint)
     index = DatasetIndex(config.dataset)
-    check_same_codec(index, described.info.codec.weight_hash, config.checkpoint)
+    check_fits(index, world_model.config, described)
     generator = torch.Generator().manual_seed(config.seed)
     (batch,) = validation_batches(index, model_config.inputs, config.num_clips, config.num_clips, config.seed)
     context_frames = world_model.context_frames

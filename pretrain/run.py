@@ -1,9 +1,11 @@
 """What every training command shares: its run folder, its seeds, and how it is asked to stop."""
 
+import fcntl
 import logging
 import os
 import signal
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Literal, Self, TypeVar
@@ -14,8 +16,10 @@ import torch
 from configs.loader import StrictConfig, UserError, dump_config, load_config
 
 EXIT_DONE, EXIT_STOPPED = 0, 75  # 75 (EX_TEMPFAIL): stopped cleanly on a signal, start me again
-CONFIG_FILE = "config.yaml"
+CONFIG_FILE, LOCK_FILE = "config.yaml", ".lock"
 AUTO = "auto"
+
+logger = logging.getLogger(__name__)
 
 ConfigT = TypeVar("ConfigT", bound=StrictConfig)
 
@@ -59,6 +63,30 @@ def resume_config(run_dir: Path, config: ConfigT, may_change: Collection[str]) -
             f"mix the two; set {key}={stored.get(key)} to go on, or choose another run_dir."
         )
     return _with_leaves(config, {key: stored[key] for key in settled})
+
+
+@contextmanager
+def exclusive(run_dir: Path) -> Iterator[None]:
+    """One run at a time per folder. The lock goes with its process, however that ends.
+
+    Each rank locks a byte of its own, so that all ranks of a second run are refused at once and none waits for others.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / LOCK_FILE).open("w")
+    except OSError as error:
+        raise UserError(f"run_dir {run_dir} cannot be written ({error.strerror}); choose another run_dir.") from None
+    with file:
+        try:
+            # Not flock: data workers would inherit it, and they outlive a killed run by some seconds.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank_in_environment())
+        except (BlockingIOError, PermissionError):
+            raise UserError(
+                f"{run_dir}: another run is at work there; wait for it to end, or choose another run_dir."
+            ) from None
+        except OSError as error:  # some network file systems have no locks
+            logger.warning("%s cannot be locked (%s): take care not to start a second run there", run_dir, error)
+        yield
 
 
 def write_config(run_dir: Path, config: StrictConfig) -> None:
@@ -124,5 +152,10 @@ class StopSignal:
 
 def log_on_main_rank_only() -> None:
     """Every rank runs the same code; one telling of what happens is enough. Warnings come from all."""
-    if os.environ.get("RANK", "0") != "0":
+    if rank_in_environment() != 0:
         logging.getLogger().setLevel(logging.WARNING)
+
+
+def rank_in_environment() -> int:
+    """As torchrun sets it, before the ranks have joined."""
+    return int(os.environ.get("RANK", "0"))

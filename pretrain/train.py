@@ -33,6 +33,7 @@ from .run import (
     EXIT_DONE,
     EXIT_STOPPED,
     StopSignal,
+    exclusive,
     log_on_main_rank_only,
     resume_config,
     seed_generator,
@@ -91,7 +92,7 @@ def main(config: PretrainConfig) -> int:
     torch.manual_seed(config.seed)  # every rank starts from the same weights
     world_model = build_world_model(config.model, index)
     model_yaml = dump_config(WorldModelConfig(world_model=world_model.config, inputs=config.loader.inputs))
-    with StopSignal() as stop:
+    with exclusive(config.run_dir), StopSignal() as stop:
         return train(config, world_model, model_yaml, dataset_batches(index, config.loader), stop, export_files(index))
 
 

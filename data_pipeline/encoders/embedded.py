@@ -19,12 +19,16 @@ from typing import Self
 import torch
 from einops import rearrange
 from jaxtyping import Float, UInt8
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from configs.loader import UserError
 
 from .base import TEMPORAL_STRIDE
+from .local_weights import load_reference
+
+WEIGHTS = "codec.safetensors"
 
 # A 64-clip batch at once was several times slower than small ones: the blocks fall out of the CPU's caches.
 _ENCODE_BATCH = 4
@@ -101,20 +105,24 @@ class EmbeddedCodec:
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({"mean": self.mean, "basis": self.basis}, folder / "codec.safetensors")
+        save_file({"mean": self.mean, "basis": self.basis}, folder / WEIGHTS)
         config = {"kind": self.name, "patch": self.spatial_stride, "scale": self.scale, "weight_hash": self.weight_hash}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> Self:
+        config = load_reference(folder, fields=("patch", "scale"))
         try:
-            config = json.loads((folder / "config.json").read_text())
-            tensors = load_file(folder / "codec.safetensors")
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder}: no readable embedded codec here ({error}); build the dataset again.") from error
-        codec = cls(tensors["mean"], tensors["basis"], config["scale"], config["patch"])
+            tensors = load_file(folder / WEIGHTS)
+            codec = cls(tensors["mean"], tensors["basis"], config["scale"], config["patch"])
+        except (OSError, SafetensorError, KeyError) as error:
+            raise UserError(
+                f"{folder / WEIGHTS}: cannot be read ({error}); restore the file, or build the dataset again."
+            ) from error
         if codec.weight_hash != config["weight_hash"]:
-            raise UserError(f"{folder}: the codec's weights do not match their hash; build the dataset again.")
+            raise UserError(
+                f"{folder}: the codec's weights do not match their hash; restore both files, or build the dataset again."
+            )
         return codec
 
 

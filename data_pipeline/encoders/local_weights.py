@@ -74,6 +74,8 @@ def load_reference(folder: Path, fields: Iterable[str]) -> dict[str, Any]:
     missing = sorted({"kind", "weight_hash", *fields} - reference.keys())
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}: it was not saved by an encoder; build the dataset again.")
+    if not isinstance(reference["weight_hash"], str):
+        raise UserError(f"{path}: its weight_hash must be text: restore the file, or build the dataset again.")
     return reference
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from configs.loader import StrictConfig
+from configs.loader import StrictConfig, UserError
 from pretrain import flow_matching
 from pretrain.flow_matching import FlowTimeConfig, Prediction
 from pretrain.models.action_expert import ACTION_EXPERT, NOISED_ACTIONS, PROPRIO, ActionExpert, ActionExpertConfig
@@ -52,8 +52,8 @@ class JointVideoActionConfig(StrictConfig):
     )
     proprio_noise_std: float = Field(0.0, ge=0, description="noise on normalised proprio in training")
     num_inference_steps: int = Field(8, ge=1, description="denoising steps per plan")
-    action_horizon: int | None = Field(None, description="actions per chunk; null: the clip's")
-    proprio_dim: int | None = Field(None, description="numbers in the proprio reading; null: the dataset's")
+    action_horizon: int | None = Field(None, ge=1, description="actions per chunk; null: the clip's")
+    proprio_dim: int | None = Field(None, ge=1, description="numbers in the proprio reading; null: the dataset's")
 
 
 class JointVideoAction(nn.Module):
@@ -62,7 +62,10 @@ class JointVideoAction(nn.Module):
     def __init__(self, config: JointVideoActionConfig, world_model: ObservationSpaceWorldModel) -> None:
         super().__init__()
         if config.action_horizon is None or config.proprio_dim is None or world_model.config.action_dim is None:
-            raise ValueError("config has unresolved fields: use finetune.train.build_policy_model")
+            raise UserError(
+                "A policy's action_horizon, proprio_dim or action_dim is null: only a training run's config may leave "
+                "them to the dataset; give the export/ folder of one run, unchanged."
+            )
         self.config = config
         self.action_horizon, self.action_dim = config.action_horizon, world_model.config.action_dim
         self.world_model = world_model

@@ -25,7 +25,7 @@ class ActionExpertConfig(StrictConfig):
 
     width: int = Field(1024, ge=8, description="model width, at most the video expert's")
     ffn_dim: int = Field(4096, ge=8, description="inner width of the feed-forward")
-    freq_dim: int = Field(256, ge=2, description="sinusoids of the timestep embedding")
+    freq_dim: int = Field(256, ge=2, multiple_of=2, description="sinusoids of the timestep embedding")
 
 
 class ActionExpert(nn.Module):

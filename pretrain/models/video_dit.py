@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from configs.loader import StrictConfig
@@ -32,13 +32,15 @@ TIMESTEPS_PER_FLOW_TIME = 1000.0
 class VideoDiTConfig(StrictConfig):
     """Sizes of the video expert; the names are those of a diffusers `config.json`."""
 
-    patch_size: tuple[int, int, int] = Field((1, 2, 2), description="latent frames, rows and columns per token")
+    patch_size: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(
+        (1, 2, 2), description="latent frames, rows and columns per token"
+    )
     num_attention_heads: int = Field(12, ge=1, description="attention heads, the same in every expert")
-    attention_head_dim: int = Field(128, ge=6, description="channels per head, even; the same in every expert")
+    attention_head_dim: int = Field(128, ge=6, multiple_of=2, description="channels per head; the same in every expert")
     in_channels: int = Field(16, ge=1, description="channels of the latents that go in")
     out_channels: int = Field(16, ge=1, description="channels of the prediction")
     text_dim: int = Field(4096, ge=1, description="width of the text encoder's rows")
-    freq_dim: int = Field(256, ge=2, description="sinusoids of the timestep embedding")
+    freq_dim: int = Field(256, ge=2, multiple_of=2, description="sinusoids of the timestep embedding")
     ffn_dim: int = Field(8960, ge=1, description="inner width of the feed-forward")
     num_layers: int = Field(30, ge=1, description="blocks, the same number in every expert")
     cross_attn_norm: bool = Field(True, description="LayerNorm before the text cross-attention")

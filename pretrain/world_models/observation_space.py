@@ -53,9 +53,9 @@ class ObservationSpaceConfig(StrictConfig):
     flow_time: FlowTimeConfig = FlowTimeConfig()
     action_dropout: float = Field(0.0, ge=0, le=1, description="share of clips trained as if they had no actions")
     text_dropout: float = Field(0.0, ge=0, le=1, description="share of clips trained with an empty instruction")
-    action_dim: int | None = Field(None, description="numbers per action; null: the dataset's")
-    actions_per_latent: int | None = Field(None, description="actions per latent frame; null: the dataset's")
-    residual_std: float | None = Field(None, description="scale of the residual; null: measured on the dataset")
+    action_dim: int | None = Field(None, ge=1, description="numbers per action; null: the dataset's")
+    actions_per_latent: int | None = Field(None, ge=1, description="actions per latent frame; null: the dataset's")
+    residual_std: float | None = Field(None, gt=0, description="scale of the residual; null: measured on the dataset")
 
 
 class ActionConditioner(nn.Module):
@@ -79,7 +79,10 @@ class ObservationSpaceWorldModel(nn.Module):
     def __init__(self, config: ObservationSpaceConfig, codec: VideoCodec | None = None) -> None:
         super().__init__()
         if config.action_dim is None or config.actions_per_latent is None or config.residual_std is None:
-            raise ValueError("config has unresolved fields: use build_world_model(config, dataset_index)")
+            raise UserError(
+                "A world model's action_dim, actions_per_latent or residual_std is null: only a training run's config "
+                "may leave them to the dataset; give the export/ folder of one run, unchanged."
+            )
         self.config = config
         self.codec = codec
         self.residual_scale = config.residual_std if config.predict_residual else 1.0
@@ -239,6 +242,7 @@ def build_world_model(config: ObservationSpaceConfig, dataset: DatasetIndex) -> 
 
 
 def resolve(config: ObservationSpaceConfig, dataset: DatasetIndex) -> ObservationSpaceConfig:
+    """Null fields filled in from the dataset; a `UserError` where it and the others do not fit each other."""
     frames, channels, height, width = dataset.latent_shape
     video = config.video
     if video.in_channels != channels or video.out_channels != channels:
@@ -256,10 +260,26 @@ def resolve(config: ObservationSpaceConfig, dataset: DatasetIndex) -> Observatio
             f"model.context_latent_frames={config.context_latent_frames} leaves nothing to predict: the clips in "
             f"{dataset.path} have {frames} latent frames."
         )
+    if config.context_latent_frames % video.patch_size[0] or frames % video.patch_size[0]:
+        raise UserError(
+            f"model.video.patch_size={list(video.patch_size)} does not divide the {config.context_latent_frames} "
+            f"context frames and the {frames} latent frames of the clips in {dataset.path}; let it begin with 1."
+        )
+    action_dim = max(dataset.action_dim, 1)  # batches are at least so wide, see `data_pipeline.loader`
+    for name, given, found in (
+        ("action_dim", config.action_dim, action_dim),
+        ("actions_per_latent", config.actions_per_latent, dataset.actions_per_latent),
+        ("video.text_dim", video.text_dim, dataset.info.text_encoder.width),
+    ):
+        if given not in (None, found):
+            raise UserError(
+                f"model.{name}={given}, but in {dataset.path} it is {found}; set it to {found}, or choose a dataset "
+                "that fits the model."
+            )
     return config.model_copy(
         update={
-            "action_dim": max(dataset.action_dim, 1) if config.action_dim is None else config.action_dim,
-            "actions_per_latent": config.actions_per_latent or max(dataset.actions_per_latent, 1),
+            "action_dim": action_dim,
+            "actions_per_latent": dataset.actions_per_latent,
             # a dataset in which nothing moves has none, and nothing may be divided by it
             "residual_std": config.residual_std or max(dataset.residual_std, MIN_RESIDUAL_STD),
         }

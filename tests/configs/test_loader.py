@@ -1,5 +1,8 @@
 """What a user may get wrong in a config or on a command line, and what they read when they do."""
 
+import errno
+import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -186,6 +189,9 @@ def test_missing_key(write):
         ("lr_or_auto: never", ["lr_or_auto is 'never'", "number", "'auto'"]),
         ("sources: [{kind: robott, path: a}]", ["sources.0", "'robott'", "'folder', 'robot'"]),
         ("run_name: 5", ["run_name is 5", "string"]),
+        ("1: a", ['unknown key "1"', "the keys are dataset"]),
+        ("json: maybe", ["json is 'maybe', but should be true or false"]),
+        ("sources: [{kind: robot, path: 3}]", ["sources.0.path is 3, but should be a path"]),
         ("run_name: forbidden", ["run_name may not be forbidden; choose another"]),
     ],
 )
@@ -226,6 +232,11 @@ def test_malformed_yaml_names_the_line(write, text, line):
     assert problem(path).startswith(f"{path}, line {line}: not valid YAML: ")
 
 
+@pytest.mark.parametrize("value", ["!!bool x", "!!int x", "!!timestamp x", "[" * 5000, "9" * 5000])
+def test_yaml_that_its_parser_chokes_on_is_one_sentence(write, value):
+    assert "not valid YAML: " in problem(write(f"dataset: d\nrun_name: {value}\n"))
+
+
 def test_a_file_that_is_not_key_value_lines(write):
     assert "must contain `key: value` lines" in problem(write("- a\n- b\n"))
     assert '"dataset" is required' in problem(write("# only a comment\n"))
@@ -251,6 +262,12 @@ def test_text_and_paths_are_taken_literally():
     assert config.instruction == "open: the [drawer] # now"
     assert load_config(RunConfig, None, ["dataset=d", "instruction=null"]).instruction is None
     assert load_config(RunConfig, None, ["dataset=a=b"]).dataset == Path("a=b")
+
+
+def test_an_empty_path_is_refused():
+    """An unset shell variable must not mean the current folder."""
+    assert "dataset= is empty; give a path" in problem(None, "dataset=")
+    assert load_config(RunConfig, None, ["dataset=d", "instruction="]).instruction == ""
 
 
 def test_override_of_a_key_that_does_not_exist(write):
@@ -432,12 +449,45 @@ def test_ctrl_c_prints_no_traceback(capsys):
     assert capsys.readouterr().err == "stopped\n"
 
 
-def test_a_bug_keeps_its_traceback():
-    def main(config: RunConfig) -> None:
-        raise ZeroDivisionError
+def test_a_signal_to_end_lets_the_command_clean_up(capsys):
+    handler, is_clean = signal.getsignal(signal.SIGTERM), []
 
-    with pytest.raises(ZeroDivisionError):
+    def main(config: RunConfig) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+        finally:
+            is_clean.append(True)
+
+    assert run("dataset=d", main=main) == 130
+    assert is_clean and capsys.readouterr().err == "stopped\n"
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError(), FileNotFoundError(errno.ENOENT, "No such file", "x")])
+def test_a_bug_keeps_its_traceback(error):
+    def main(config: RunConfig) -> None:
+        raise error
+
+    with pytest.raises(type(error)):
         run_command(main, RunConfig, description="", argv=["dataset=d"])
+
+
+def test_what_the_file_system_refuses_is_one_sentence(capsys, tmp_path):
+    def write_below_a_file(config: RunConfig) -> None:
+        (config.dataset / "out").mkdir()
+
+    def fill_the_disk(config: RunConfig) -> None:
+        with open("/dev/full", "w") as file:
+            file.write("x" * 10**6)
+
+    (tmp_path / "file").touch()
+    assert run(f"dataset={tmp_path}/file", main=write_below_a_file) == 2
+    expected = f"error: {tmp_path}/file/out: Not a directory; a file stands where a folder should be"
+    assert capsys.readouterr().err.startswith(expected)
+    assert run("dataset=d", main=fill_the_disk) == 2
+    sentence = "error: No space left on device; free some space there and start the same command again.\n"
+    assert capsys.readouterr().err == sentence
 
 
 def test_as_a_real_process(tmp_path):
@@ -462,6 +512,9 @@ def test_as_a_real_process(tmp_path):
 
     assert toy("steps=3").returncode == 3
     assert toy("--help").stdout.startswith("usage: python -m toy ")
+    command = f"{sys.executable} -m toy --help | true; echo ${{PIPESTATUS[0]}}"
+    piped = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert (piped.stdout, piped.stderr) == ("141\n", "")  # no traceback
     wrong = toy("step=3")
     assert wrong.returncode == 2
     assert wrong.stderr == 'error: command line: unknown key "step"; did you mean "steps"?\n'

@@ -135,11 +135,12 @@ def test_only_with_actions(index):
     assert all(batch["has_actions"].all() for batch in batches)
 
 
-def test_without_robots_the_action_dimension_is_zero(tmp_path):
+def test_without_robots_batches_hold_one_masked_number_per_action(tmp_path):
     index = DatasetIndex(tiny_dataset(tmp_path / "dataset", clips=(3, 3), action_free=(0, 1)))
     (batch,) = take(loader(index), 1)
     assert (index.action_dim, index.proprio_dim) == (0, 0)
-    assert batch["actions"].shape == (4, 8, 0) and batch["proprio"].shape == (4, 0) and not batch["has_actions"].any()
+    assert batch["actions"].shape == (4, 8, 1) and batch["proprio"].shape == (4, 1)
+    assert not batch["has_actions"].any() and not batch["action_is_valid"].any()
 
 
 def test_what_the_index_tells(index):
