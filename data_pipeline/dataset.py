@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
@@ -175,12 +176,14 @@ def read_info(dataset: Path) -> DatasetInfo:
         raise _not_as_written(path, error) from None
 
 
-def read_rejected(dataset: Path) -> pa.Table:
-    return _read_table(dataset / REJECTED).cast(REJECTED_SCHEMA)
-
-
-def read_manifest(dataset: Path) -> pa.Table:
-    return _read_table(dataset / MANIFEST).cast(MANIFEST_SCHEMA)
+def read_table(path: Path, schema: pa.Schema) -> pa.Table:
+    """The manifest or the rejected clips."""
+    try:
+        return pq.read_table(path, memory_map=True).cast(schema)
+    except (OSError, pa.ArrowException, ValueError) as error:
+        raise UserError(
+            f"{path}: is missing or damaged ({str(error).splitlines()[0]}); build the dataset again."
+        ) from None
 
 
 def read_norm_stats(dataset: Path) -> dict[str, Any]:
@@ -216,7 +219,9 @@ class DatasetFolder:
 
     def _check_stats(self, robot: Embodiment) -> None:
         stats = self._stats_of(robot.name)
-        found = tuple(0 if stats[what] is None else len(stats[what]["mean"]) for what in ("actions_absolute", "proprio"))
+        found = tuple(
+            0 if stats[what] is None else len(stats[what]["mean"]) for what in ("actions_absolute", "proprio")
+        )
         if found != (robot.action_dim, robot.proprio_dim):
             raise UserError(
                 f"{self.path / NORM_STATS}: has {found[0]} action and {found[1]} proprio values of {robot.name}, but "

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from pydantic import Field, PositiveInt
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -22,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from configs.loader import StrictConfig, UserError
 
 from .align import spans_mask
-from .dataset import MANIFEST, MANIFEST_SCHEMA, DatasetFolder, Split
+from .dataset import MANIFEST, MANIFEST_SCHEMA, DatasetFolder, Split, read_table
 from .normalize import NormalizationMode
 from .sample import SampleMeta, read_array, read_tensor
 from .shards import ShardError, ShardReader, read_records
@@ -100,7 +99,7 @@ class DatasetIndex(DatasetFolder):
 
     def __init__(self, dataset: Path) -> None:
         super().__init__(dataset)
-        self.manifest = _read_manifest(self.path)
+        self.manifest = read_table(self.path / MANIFEST, MANIFEST_SCHEMA).unify_dictionaries().combine_chunks()
         # Plain arrays: a million Python rows would take a gigabyte, and a lookup in Arrow a microsecond too many.
         self._shard_of = self.manifest["shard"].combine_chunks().indices.to_numpy()
         self._shards: list[str] = self.manifest["shard"].combine_chunks().dictionary.to_pylist()
@@ -151,17 +150,6 @@ class DatasetIndex(DatasetFolder):
             f"{self.path / shard}: sample {self.key(i)}: the shard {what}; list everything that is damaged with "
             f"`python -m data_pipeline.verify {self.path}`, then restore the shard or build the dataset again."
         )
-
-
-def _read_manifest(dataset: Path) -> pa.Table:
-    path = dataset / MANIFEST
-    try:
-        table = pq.read_table(path, memory_map=True)
-        return table.cast(MANIFEST_SCHEMA).unify_dictionaries().combine_chunks()
-    except (OSError, pa.ArrowInvalid, ValueError) as error:
-        raise UserError(
-            f"{path}: is missing or damaged ({str(error).splitlines()[0]}); build the dataset again."
-        ) from None
 
 
 # --- batches ------------------------------------------------------------------------------------------------------

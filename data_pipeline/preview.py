@@ -13,19 +13,18 @@ from typing import Any
 
 import jinja2
 import numpy as np
-import pyarrow.parquet as pq
 import yaml
 from PIL import Image
 from pydantic import Field
 
 from configs.loader import StrictConfig, run_command
 
-from .dataset import REJECTED, REPORT, SPLITS
+from .dataset import REJECTED, REJECTED_SCHEMA, REPORT, SPLITS, read_table
 from .loader import DatasetIndex
 from .one_thread import one_thread
 from .sample import Sample
 from .shards import write_atomic
-from .video_io import decode_clip
+from .video_io import VideoError, decode_clip
 
 CLIPS_PER_SOURCE = 4
 FRAMES_PER_STRIP = 6
@@ -53,7 +52,7 @@ def render(index: DatasetIndex) -> str:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     clips = index.manifest.select(["split", "source", "episode", "has_actions", "embodiment", "motion", "bytes"])
-    rejected = pq.read_table(index.path / REJECTED).to_pylist()
+    rejected = read_table(index.path / REJECTED, REJECTED_SCHEMA).to_pylist()
     columns = {name: np.array(clips[name].to_pylist(), dtype=object) for name in clips.column_names}
     return environment.get_template("report.html.j2").render(
         info=index.info,
@@ -196,13 +195,13 @@ def _strips(index: DatasetIndex, columns: dict[str, np.ndarray]) -> list[dict[st
 
 
 def _clip(index: DatasetIndex, i: int) -> dict[str, Any]:
-    sample = Sample.from_members(index.read_sample(i))
-    return {
-        "key": sample.key,
-        "meta": sample.meta,
-        "split": index.row(i)["split"],
-        "views": [{"name": view, "image": _strip(decode_clip(mp4))} for view, mp4 in sorted(sample.video.items())],
-    }
+    members = index.read_sample(i)
+    try:
+        sample = Sample.from_members(members)
+        views = [{"name": view, "image": _strip(decode_clip(mp4))} for view, mp4 in sorted(sample.video.items())]
+    except (KeyError, ValueError, VideoError) as error:
+        raise index.damaged(i, f"holds a member that cannot be read ({error})") from error
+    return {"key": sample.key, "meta": sample.meta, "split": index.row(i)["split"], "views": views}
 
 
 def _strip(video: np.ndarray) -> str:

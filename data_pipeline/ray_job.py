@@ -10,6 +10,7 @@ Actor pools have a fixed size: autoscaling them by load is slower for stages who
 import json
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ import ray
 import ray.data
 
 from configs.loader import UserError
+from configs.problems import explain_refusal
 
 Row = dict[str, Any]
 """Small and JSON-like."""
@@ -61,11 +63,13 @@ def ray_session(address: str | None, num_workers: int, object_store_mb: int) -> 
         options |= {"object_store_memory": object_store_mb * 2**20, "_node_ip_address": "127.0.0.1"}
     else:
         options["address"] = address
+    on_terminate = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"ray_address={address}" if address else "a local Ray"
         raise UserError(f"{where}: cannot be started or reached ({str(error).splitlines()[0]}).") from error
+    signal.signal(signal.SIGTERM, on_terminate)  # Ray's own handler prints a stack and leaves with code 15
     try:
         yield
     finally:
@@ -107,6 +111,11 @@ class _Worker:
             return {"result": json.dumps(self._worker(json.loads(item["row"]))), "error": ""}
         except UserError as error:
             return {"result": "", "error": str(error)}
+        except OSError as error:
+            refusal = explain_refusal(error)
+            if refusal is None:
+                raise
+            return {"result": "", "error": refusal}
 
 
 def _quiet_ray_data() -> None:

@@ -11,13 +11,11 @@ from typing import Any
 
 import av
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from configs.loader import StrictConfig, UserError, run_command
 
-from .dataset import REJECTED, REJECTED_SCHEMA, REPORT, SHARDS, SPLITS, bucket_name, read_info
+from .dataset import REJECTED, REJECTED_SCHEMA, REPORT, SHARDS, SPLITS, bucket_name, read_info, read_table
 from .loader import DatasetIndex
 from .one_thread import one_thread
 from .pack import DatasetStatistics
@@ -105,9 +103,9 @@ def _manifest_problems(index: DatasetIndex) -> Iterator[str]:
 def _count_problems(index: DatasetIndex) -> Iterator[str]:
     counts = index.info.counts
     try:
-        rejected = len(pq.read_table(index.path / REJECTED).cast(REJECTED_SCHEMA))
-    except (OSError, pa.ArrowInvalid, ValueError) as error:
-        yield f"{REJECTED}: is missing or damaged ({str(error).splitlines()[0]})"
+        rejected = len(read_table(index.path / REJECTED, REJECTED_SCHEMA))
+    except UserError as error:
+        yield str(error)
         return
     if (counts.accepted, counts.rejected) != (len(index), rejected):
         yield (
@@ -236,6 +234,8 @@ class _Shard:
             "control_hz": (info.control_hz if meta.has_actions else None, meta.control_hz),
             "views": (sorted(info.views), sorted(meta.views)),
         }
+        if meta.embodiment is not None and meta.embodiment not in info.embodiments:
+            yield f"embodiment: {meta.embodiment} is not described in dataset.yaml"
         if sample.text is not None:
             expected["text width"] = (info.text_encoder.width, sample.text.shape[1])
         if sample.actions is not None and meta.embodiment in info.embodiments:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from pydantic import Field, PositiveInt
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from configs.loader import StrictConfig, UserError, dump_config, load_config, run_command
@@ -144,8 +144,10 @@ class BehaviourCloning:
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.network.state_dict(), folder / WEIGHTS)
+        partial = folder / f".{WEIGHTS}"  # a disk that is full must not cost the policy that is there
+        partial.write_bytes(save(self.network.state_dict()))
         (folder / SPEC).write_text(dump_config(self.spec))
+        partial.replace(folder / WEIGHTS)
 
     def reset(self, instruction: str, seed: int = 0) -> None:
         if instruction not in self.spec.instructions:
@@ -275,6 +277,7 @@ def main(config: BehaviourCloningConfig) -> None:
     if config.execute_steps > config.action_horizon:
         raise UserError(f"execute_steps={config.execute_steps} exceeds action_horizon={config.action_horizon}")
     torch.set_num_threads(config.num_threads)
+    config.output.mkdir(parents=True, exist_ok=True)
     index = DatasetIndex(config.dataset)
     view, embodiment = index.check_view(config.view), choose_embodiment(index, config.embodiment)
     arguments = (embodiment, view, config.action_horizon, config.max_frames)

@@ -33,9 +33,9 @@ class ClosedLoopConfig(StrictConfig):
     tasks: tuple[str, ...] = Field((), description="task names of the simulator")
     episodes: int = Field(20, ge=1, description="episodes per task and row")
     max_steps: int = Field(250, ge=1, description="an episode that has not succeeded by then has failed")
-    goal_seed: int = Field(1000, description="draws goals and object positions")
-    training_goal_seed: int = Field(1, description="the recording's goal_seed; the two must not share a goal")
-    image_size: int = Field(128, ge=16, description="as recorded")
+    goal_seed: int = Field(1000, ge=0, description="draws goals and object positions")
+    training_goal_seed: int = Field(1, ge=0, description="the recording's goal_seed; the two must not share a goal")
+    image_size: int = Field(128, ge=16, multiple_of=2, description="as recorded")
     films_per_task: int = Field(1, ge=0, description="episodes of the policy to save as mp4")
 
 

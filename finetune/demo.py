@@ -28,12 +28,14 @@ import psutil
 from pydantic import Field
 
 from configs.loader import StrictConfig, UserError, run_command
+from pretrain.run import LOCK_FILE, exclusive
 
 from .demo_report import collect_results, results_table, write_report
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_FOLDER = Path("runs/demo")
+STAGES = "stages.json"
 TAIL = 15  # lines of a failed stage's log to show
 
 
@@ -81,13 +83,20 @@ def main(config: DemoConfig) -> int:
     folder = config.folder or demo_folder(config.data)
     if config.data is not None and not config.data.is_dir():
         raise UserError(f"DATA={config.data}: there is no such folder; give the folder of a LeRobot dataset.")
-    if config.fresh and folder.exists():
-        shutil.rmtree(folder)
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    with exclusive(folder):
+        if config.fresh:
+            empty(folder)
+        return go_through(config, folder)
+
+
+def go_through(config: DemoConfig, folder: Path) -> int:
+    """All stages that are not done yet, then the report."""
+    (folder / "logs").mkdir(exist_ok=True)
     stages = own_data_stages(config, folder) if config.data else simulator_stages(config, folder)
     if config.quick:
         stages = [replace(stage, command=stage.command + QUICK.get(stage.name, "")) for stage in stages]
     finished = read_finished(folder)
+    write_finished(folder, finished)  # from its first second on, a demo's folder can be told from any other
     for number, stage in enumerate(stages, start=1):
         sys.stdout.write(f"[{number}/{len(stages)}] {stage.title}\n      {stage.command}\n")
         if stage.name in finished and finished[stage.name].command == stage.command:
@@ -101,9 +110,12 @@ def main(config: DemoConfig) -> int:
         finished[stage.name] = record
         write_finished(folder, finished)
         sys.stdout.write(f"      {record.seconds:.0f} s, at most {record.peak_memory_gb:.1f} GB\n")
-    results = collect_results(folder, {name: asdict(stage) for name, stage in finished.items()})
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    write_report(folder, results, [(stage.title, stage.command) for stage in stages])
+    try:
+        results = collect_results(folder, {name: asdict(stage) for name, stage in finished.items()})
+        (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        write_report(folder, results, [(stage.title, stage.command) for stage in stages])
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename}: is gone, though its stage is done; start over with fresh=true.") from None
     sys.stdout.write(f"\n{results_table(results)}\n\n{folder / 'results.json'}\n{folder / 'report.html'}\n")
     return 0
 
@@ -118,7 +130,8 @@ def demo_folder(data: Path | None) -> Path:
 
 
 def simulator_stages(config: DemoConfig, folder: Path) -> list[Stage]:
-    recordings, dataset = folder / "recordings", folder / "dataset"
+    at = shlex.quote(str(folder))
+    recordings, dataset = f"{at}/recordings", f"{at}/dataset"
     return [
         Stage(
             "record",
@@ -137,32 +150,33 @@ def simulator_stages(config: DemoConfig, folder: Path) -> list[Stage]:
             "behaviour_cloning",
             "train the behaviour-cloning baseline",
             "python -m finetune.baselines --config configs/finetune/behaviour_cloning_demo.yaml "
-            f"dataset={dataset} output={folder}/behaviour_cloning",
+            f"dataset={dataset} output={at}/behaviour_cloning",
         ),
         Stage(
             "evaluate",
             "let every policy act in MuJoCo on goals never trained on",
             "python -m finetune.evaluate --config configs/finetune/evaluate_demo.yaml "
-            f"checkpoint={folder}/finetune/export behaviour_cloning={folder}/behaviour_cloning "
-            f"output={folder}/evaluation",
+            f"checkpoint={at}/finetune/export behaviour_cloning={at}/behaviour_cloning "
+            f"output={at}/evaluation",
         ),
     ]
 
 
 def own_data_stages(config: DemoConfig, folder: Path) -> list[Stage]:
+    at = shlex.quote(str(folder))
     return [
         Stage(
             "build",
             "build the dataset on Ray: clips, latents, shards",
             "python -m data_pipeline.build --config configs/data_pipeline/own_data.yaml "
-            f"sources.data.path={shlex.quote(str(config.data))} out={folder}/dataset",
+            f"sources.data.path={shlex.quote(str(config.data))} out={at}/dataset",
         ),
         *training_stages(config, folder, "own_data.yaml"),
         Stage(
             "evaluate",
             "compare predicted with recorded actions on held-out episodes",
             "python -m finetune.evaluate --config configs/finetune/evaluate_own_data.yaml "
-            f"checkpoint={folder}/finetune/export open_loop.dataset={folder}/dataset output={folder}/evaluation",
+            f"checkpoint={at}/finetune/export open_loop.dataset={at}/dataset output={at}/evaluation",
         ),
     ]
 
@@ -170,31 +184,44 @@ def own_data_stages(config: DemoConfig, folder: Path) -> list[Stage]:
 def training_stages(config: DemoConfig, folder: Path, config_name: str) -> list[Stage]:
     """Pretraining, the look at what it imagines, and fine-tuning; the same for every dataset."""
     torchrun = f"torchrun --standalone --nproc-per-node {config.num_ranks} -m"
-    dataset, export = folder / "dataset", folder / "pretrain" / "export"
+    at = shlex.quote(str(folder))
+    dataset, export = f"{at}/dataset", f"{at}/pretrain/export"
     return [
         Stage(
             "pretrain",
             "pretrain the video world model with DeepSpeed",
             f"{torchrun} pretrain.train --config configs/pretrain/{config_name} "
-            f"run_dir={folder}/pretrain loader.dataset={dataset}",
+            f"run_dir={at}/pretrain loader.dataset={dataset}",
         ),
         Stage(
             "imagine",
             "measure imagined video on held-out clips",
-            f"python -m pretrain.evaluate checkpoint={export} dataset={dataset} output={folder}/video.json",
+            f"python -m pretrain.evaluate checkpoint={export} dataset={dataset} output={at}/video.json",
         ),
         Stage(
             "rollout",
             "draw imagined beside real video",
-            f"python -m pretrain.rollout checkpoint={export} dataset={dataset} output={folder}/rollouts",
+            f"python -m pretrain.rollout checkpoint={export} dataset={dataset} output={at}/rollouts",
         ),
         Stage(
             "finetune",
             "fine-tune it into a joint video-action policy",
             f"{torchrun} finetune.train --config configs/finetune/{config_name} "
-            f"run_dir={folder}/finetune loader.dataset={dataset} pretrained={export}",
+            f"run_dir={at}/finetune loader.dataset={dataset} pretrained={export}",
         ),
     ]
+
+
+def empty(folder: Path) -> None:
+    """For a fresh start; never a folder that holds something else."""
+    contents = [path for path in folder.iterdir() if path.name != LOCK_FILE]
+    if contents and not (folder / STAGES).is_file():
+        raise UserError(
+            f"{folder}: has no {STAGES}, so it is not a demo's and fresh=true will not empty it; do so yourself, or "
+            "choose another folder."
+        )
+    for path in contents:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 # --- running it ---------------------------------------------------------------------------------------------------
@@ -213,15 +240,32 @@ def run_stage(stage: Stage, log_path: Path) -> FinishedStage | None:
         process = subprocess.Popen(
             [*launcher[words[0]], *words[1:]], stdout=log, stderr=subprocess.STDOUT, env=environment
         )
-        with sampling_memory(process.pid) as peak:
-            show_progress(process, log_path, started)
+        try:
+            with sampling_memory(process.pid) as peak:
+                show_progress(process, log_path, started)
+        except BaseException:
+            end(process)
+            raise
     seconds = time.monotonic() - started
     if process.returncode != 0:
-        lines = log_path.read_text(errors="replace").splitlines()[-TAIL:]
-        sys.stdout.write("\n".join(f"      | {line}" for line in lines) + "\n")
-        sys.stdout.write(f"stage {stage.name} failed with exit code {process.returncode}; the whole log: {log_path}\n")
+        lines = log_path.read_text(errors="replace").splitlines()
+        told = list(dict.fromkeys(line for line in lines if line.startswith("error: ")))  # each rank says it
+        sys.stdout.write("\n".join(f"      | {line}" for line in told or lines[-TAIL:]) + "\n")
+        sys.stdout.write(
+            f"stage {stage.name} failed with exit code {process.returncode}; the whole log: {log_path}\n"
+            "The same command goes on from here; with fresh=true it starts over.\n"
+        )
         return None
     return FinishedStage(stage.command, round(seconds, 1), round(peak[0] / 1e9, 2))
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Ctrl-C reaches a stage by itself, and it cleans up; a signal to the demo alone does not."""
+    try:
+        process.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        process.wait()
 
 
 def show_progress(process: subprocess.Popen[bytes], log_path: Path, started: float) -> None:
@@ -272,12 +316,12 @@ def sampling_memory(pid: int) -> Iterator[list[float]]:
 
 
 def read_finished(folder: Path) -> dict[str, FinishedStage]:
-    path = folder / "stages.json"
+    path = folder / STAGES
     if not path.exists():
         return {}
     try:
         return {name: FinishedStage(**record) for name, record in json.loads(path.read_text()).items()}
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); delete it, or start over with fresh=true.") from None
 
 
@@ -285,7 +329,7 @@ def write_finished(folder: Path, finished: dict[str, FinishedStage]) -> None:
     text = json.dumps({name: asdict(record) for name, record in finished.items()}, indent=2) + "\n"
     partial = folder / ".stages.json"
     partial.write_text(text)
-    partial.replace(folder / "stages.json")
+    partial.replace(folder / STAGES)
 
 
 if __name__ == "__main__":

@@ -19,11 +19,16 @@ from pydantic import Field
 from configs.loader import StrictConfig, UserError, run_command
 
 from .closed_loop import ClosedLoopConfig, Row, evaluate_closed_loop
-from .open_loop import OpenLoopConfig, evaluate_open_loop
+from .open_loop import OPEN_LOOP_ROWS, OpenLoopConfig, evaluate_open_loop
 
 log = logging.getLogger(__name__)
 
 RESULTS = "results.json"
+
+DEFAULT_ROWS: dict[str, tuple[Row, ...]] = {
+    "closed_loop": ("policy", "random", "blind", "bc", "expert"),
+    "open_loop": ("policy", "blind"),
+}
 
 
 class EvaluateConfig(StrictConfig):
@@ -32,10 +37,8 @@ class EvaluateConfig(StrictConfig):
     )
     checkpoint: Path | None = Field(None, description="folder of the policy; rows policy and blind need it")
     behaviour_cloning: Path | None = Field(None, description="folder of finetune.baselines; row bc needs it")
-    rows: tuple[Row, ...] = Field(
-        ("policy", "random", "blind", "bc", "expert"),
-        min_length=1,
-        description="what to measure; open loop has no expert",
+    rows: tuple[Row, ...] | None = Field(
+        None, min_length=1, description="what to measure; null: all five, in open loop policy and blind"
     )
     output: Path = Field(description="folder for results.json and films; earlier results in it are replaced")
     closed_loop: ClosedLoopConfig = ClosedLoopConfig()
@@ -45,20 +48,21 @@ class EvaluateConfig(StrictConfig):
 
 def main(config: EvaluateConfig) -> None:
     started = time.monotonic()
-    _check(config)
+    rows = config.rows or DEFAULT_ROWS[config.mode]
+    _check(config, rows)
     config.output.mkdir(parents=True, exist_ok=True)
     if config.mode == "closed_loop":
         results = evaluate_closed_loop(
             config.closed_loop,
-            config.rows,
+            rows,
             config.checkpoint,
             config.behaviour_cloning,
             config.output / "films",
             config.num_workers,
         )
-        table = closed_loop_table(results, config.rows)
+        table = closed_loop_table(results, rows)
     else:
-        results = evaluate_open_loop(config.open_loop, config.rows, config.checkpoint, config.behaviour_cloning)
+        results = evaluate_open_loop(config.open_loop, rows, config.checkpoint, config.behaviour_cloning)
         table = open_loop_table(results)
     results |= {"config": config.model_dump(mode="json"), "seconds": round(time.monotonic() - started, 1)}
     unfinished = config.output / f".{RESULTS}"
@@ -67,13 +71,18 @@ def main(config: EvaluateConfig) -> None:
     sys.stdout.write(f"{table}\n{config.output / RESULTS}\n")
 
 
-def _check(config: EvaluateConfig) -> None:
+def _check(config: EvaluateConfig, rows: tuple[Row, ...]) -> None:
     """Say what is missing before minutes are spent on the rows that are there."""
+    unknown = [row for row in rows if config.mode == "open_loop" and row not in OPEN_LOOP_ROWS]
+    if unknown:
+        raise UserError(
+            f"rows: {', '.join(unknown)} cannot be measured in open loop; choose {', '.join(OPEN_LOOP_ROWS)}."
+        )
     for row, key in (("policy", "checkpoint"), ("blind", "checkpoint"), ("bc", "behaviour_cloning")):
         folder = getattr(config, key)
-        if row in config.rows and folder is None:
+        if row in rows and folder is None:
             raise UserError(f"row {row!r} needs {key}=FOLDER: give it, or leave the row out of rows")
-        if row in config.rows and not folder.is_dir():
+        if row in rows and not folder.is_dir():
             raise UserError(f"{key}={folder}: there is no such folder")
 
 

@@ -53,17 +53,20 @@ class Policy:
         embodiment, mode = config.embodiment, config.inputs.normalization
         actions = dataset.normalizer(embodiment, "actions_absolute", mode)
         if actions is None or embodiment not in dataset.embodiments:
-            raise UserError(f"{dataset.path}: does not describe the robot {embodiment!r}, so no policy can act with it.")
+            raise UserError(
+                f"{dataset.path}: does not describe the robot {embodiment!r}, so no policy can act with it."
+            )
         self.action_normalizer = actions
         self.proprio_normalizer = dataset.normalizer(embodiment, "proprio", mode)
-        self.action_dim = dataset.embodiments[embodiment].action_dim
+        self.embodiment = dataset.embodiments[embodiment]
         self.queue: deque[np.ndarray] = deque()
         self.imagined: Float[Tensor, "t c h w"] | None = None
         self.reset("")
 
     @classmethod
-    def load(cls, folder: Path, blind: bool = False) -> Policy:
+    def load(cls, folder: Path | str, blind: bool = False) -> Policy:
         """Open the `export/` folder of a fine-tuning run. `blind` zeroes every image, to see what sight is worth."""
+        folder = Path(folder)
         dataset = DatasetFolder(folder)
         config = load_model_config(folder, PolicyModelConfig)
         world_model = ObservationSpaceWorldModel(config.world_model, dataset.codec())
@@ -94,13 +97,24 @@ class Policy:
                 f"The observation has the views {sorted(observation.views) or 'none'}, but the policy was trained on "
                 f"{self.view_name!r}; name the robot's camera so."
             )
-        frame = prepare_view(observation.views[self.view_name][None], self.view)
+        image = np.asarray(observation.views[self.view_name])
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise UserError(
+                f"View {self.view_name!r} is {image.dtype} {list(image.shape)}; give uint8 [height, width, 3], RGB."
+            )
+        frame = prepare_view(image[None], self.view)
         if self.is_blind:
             frame = np.zeros_like(frame)
         context = self.model.world_model.encode(torch.from_numpy(np.ascontiguousarray(frame))[None])
         proprio = torch.zeros(1, self.model.config.proprio_dim or 0)
         if self.proprio_normalizer is not None:
-            scaled = self.proprio_normalizer.normalize(observation.proprio.astype(np.float32))
+            names = self.embodiment.proprio_names
+            if np.shape(observation.proprio) != (len(names),):
+                raise UserError(
+                    f"proprio has shape {list(np.shape(observation.proprio))}; {self.embodiment.name} reports "
+                    f"{len(names)} numbers: {', '.join(names)}."
+                )
+            scaled = self.proprio_normalizer.normalize(np.asarray(observation.proprio, np.float32))
             proprio[0, : len(scaled)] = torch.from_numpy(scaled)
         actions, future = self.model.plan(context, proprio, self.text, self.generator)
         self.imagined = future[0]
@@ -115,4 +129,4 @@ class Policy:
         return np.stack([self._to_robot(chunk) for chunk in actions])
 
     def _to_robot(self, actions: Float[Tensor, "k a"]) -> Float[np.ndarray, "k a"]:
-        return self.action_normalizer.unnormalize(actions[:, : self.action_dim].numpy()).astype(np.float32)
+        return self.action_normalizer.unnormalize(actions[:, : self.embodiment.action_dim].numpy()).astype(np.float32)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, PositiveInt, field_validator
 
 from configs.loader import StrictConfig, UserError, run_command
 from data_pipeline.video_io import encode_video
@@ -47,7 +47,16 @@ Kind = Literal["expert", "noisy", "random"]
 class DisturbanceConfig(StrictConfig):
     std: float = Field(0.3, ge=0, description="standard deviation of a push on each of x, y, z, in -1..1")
     share: float = Field(0.7, ge=0, le=1, description="share of the episodes that are disturbed")
-    hold_steps: tuple[int, int] = Field((5, 15), description="a push lasts this many control steps, least and most")
+    hold_steps: tuple[PositiveInt, PositiveInt] = Field(
+        (5, 15), description="a push lasts this many control steps, least and most"
+    )
+
+    @field_validator("hold_steps")
+    @classmethod
+    def _least_then_most(cls, steps: tuple[int, int]) -> tuple[int, int]:
+        if steps[0] > steps[1]:
+            raise ValueError("should be [least, most]")
+        return steps
 
 
 class ActionFreeConfig(StrictConfig):
@@ -64,9 +73,9 @@ class RecordConfig(StrictConfig):
     episodes: int = Field(25, ge=1, description="successful demonstrations to keep per task")
     max_steps: int = Field(250, ge=1, description="an episode that has not succeeded by then is rejected")
     frames_after_success: int = Field(5, ge=0, description="how long an episode goes on once the task is solved")
-    goal_seed: int = Field(1, description="draws goals and object positions; evaluate on another")
-    seed: int = Field(0, description="draws the disturbances")
-    image_size: int = Field(128, ge=16, description="height and width of a frame")
+    goal_seed: int = Field(1, ge=0, description="draws goals and object positions; evaluate on another")
+    seed: int = Field(0, ge=0, description="draws the disturbances")
+    image_size: int = Field(128, ge=16, multiple_of=2, description="height and width of a frame")
     disturbance: DisturbanceConfig = DisturbanceConfig()
     action_free: ActionFreeConfig | None = Field(None, description="also record videos without actions")
     episodes_per_file: int = Field(50, ge=1, description="demonstrations in one video file")

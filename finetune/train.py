@@ -1,7 +1,7 @@
 """Fine-tunes a pretrained world model into a world action model for one robot, and resumes by itself from `run_dir`.
 
     python -m finetune.train --config C                                  one process
-    torchrun --nproc-per-node 2 -m finetune.train --config C             two ranks on this machine
+    torchrun --standalone --nproc-per-node 2 -m finetune.train --config C             two ranks on this machine
 
 The loop is pretraining's (`pretrain.train.train`): engine, checkpoints, exact resume and metrics are the same, only the
 model and its loss differ. Writes what pretraining writes; `export/` is what `finetune.policy.Policy` opens.

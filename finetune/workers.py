@@ -2,6 +2,7 @@
 
 import logging
 import multiprocessing
+import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -13,7 +14,7 @@ Result = TypeVar("Result")
 
 
 def run_jobs(jobs: Sequence[tuple[Callable[..., Result], tuple[Any, ...]]], num_workers: int) -> list[Result]:
-    """Results in the order of the jobs. The first job that fails is raised here once those that run have ended."""
+    """Results in the order of the jobs. The first job that fails is raised here, after those that run were ended."""
     # spawn: a forked child would inherit locked threads of torch and of the GL driver
     pool = ProcessPoolExecutor(
         min(num_workers, len(jobs)),
@@ -23,7 +24,10 @@ def run_jobs(jobs: Sequence[tuple[Callable[..., Result], tuple[Any, ...]]], num_
         max_tasks_per_child=1,
     )
     try:
+        # A terminal sends Ctrl-C to all. Workers inherit that they do not hear it; this process does, and ends them.
+        heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         futures = [pool.submit(function, *arguments) for function, arguments in jobs]
+        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
         finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
         for future in finished:
             future.result()  # raises what the job raised
@@ -32,6 +36,10 @@ def run_jobs(jobs: Sequence[tuple[Callable[..., Result], tuple[Any, ...]]], num_
         raise UserError(
             "a worker process died without a Python error, usually for want of memory: try num_workers=1"
         ) from error
+    except BaseException:
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

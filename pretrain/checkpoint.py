@@ -180,7 +180,7 @@ def _told_if_refused(final: Path, partial: Path) -> Iterator[None]:
         yield
         return
     except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
     except RuntimeError as error:
         if "inline_container" in str(error):  # all that torch says, whose archives DeepSpeed writes
             reason = "the disk is full or fails"

@@ -44,6 +44,8 @@ class EvaluateConfig(StrictConfig):
 
 
 def main(config: EvaluateConfig) -> None:
+    if config.output is not None:
+        config.output.parent.mkdir(parents=True, exist_ok=True)
     world_model, model_config, described = load_world_model(config.checkpoint)
     index = DatasetIndex(config.dataset)
     check_fits(index, world_model.config, described)
@@ -51,7 +53,6 @@ def main(config: EvaluateConfig) -> None:
     text = json.dumps(figures, indent=2)
     sys.stdout.write(text + "\n")
     if config.output is not None:
-        config.output.parent.mkdir(parents=True, exist_ok=True)
         config.output.write_text(text + "\n")
 
 
@@ -120,9 +121,9 @@ def validation_batches(
 def check_fits(index: DatasetIndex, config: ObservationSpaceConfig, trained_on: DatasetFolder) -> None:
     """Refuse clips that a world model cannot, or must not, be asked about."""
     check_same_codec(index, trained_on)
-    resolve(config, index)
     for robot in index.embodiments:
         check_same_robot(index, robot, trained_on)
+    resolve(config, index)
 
 
 def check_same_codec(index: DatasetIndex, trained_on: DatasetFolder) -> None:
@@ -135,9 +136,7 @@ def check_same_codec(index: DatasetIndex, trained_on: DatasetFolder) -> None:
         )
 
 
-def check_same_robot(
-    index: DatasetIndex, name: str, trained_on: DatasetFolder, *, needs_proprio: bool = False
-) -> None:
+def check_same_robot(index: DatasetIndex, name: str, trained_on: DatasetFolder, *, needs_proprio: bool = False) -> None:
     """Actions of another robot mean nothing to a model either, even where there are as many of them."""
     if name not in trained_on.embodiments:
         raise UserError(

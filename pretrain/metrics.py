@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from configs.loader import UserError
+
 logger = logging.getLogger(__name__)
 
 
@@ -47,8 +49,17 @@ class MetricsLog:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Rows in order, without a half-written last one."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            row = json.loads(line)
+            row["step"]
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f"{path}: line {number} is no row of metrics; restore the file or move it away.") from None
+        rows.append(row)
+    return rows
 
 
 def _truncate(path: Path, last_step: int) -> None:

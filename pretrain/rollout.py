@@ -44,6 +44,7 @@ class RolloutConfig(StrictConfig):
 
 
 def main(config: RolloutConfig) -> None:
+    config.output.mkdir(parents=True, exist_ok=True)
     world_model, model_config, described = load_world_model(config.checkpoint)
     index = DatasetIndex(config.dataset)
     check_fits(index, world_model.config, described)
@@ -58,7 +59,6 @@ def main(config: RolloutConfig) -> None:
         )
         for actions in (batch["actions"], shuffled)
     ]
-    config.output.mkdir(parents=True, exist_ok=True)
     for number, (true, predicted) in enumerate(zip(real, imagined[0], strict=True)):
         side_by_side = enlarged(np.concatenate([true, predicted], axis=2), config.enlarge)
         encode_video(side_by_side, config.output / f"clip_{number:03d}.mp4", index.fps)

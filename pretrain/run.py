@@ -21,6 +21,8 @@ AUTO = "auto"
 
 logger = logging.getLogger(__name__)
 
+LONGER_RUN = " (Decay ends with num_steps: a run that may be extended sets optimizer.decay_steps from its start.)"
+
 ConfigT = TypeVar("ConfigT", bound=StrictConfig)
 
 
@@ -58,11 +60,17 @@ def resume_config(run_dir: Path, config: ConfigT, may_change: Collection[str]) -
     different = {key for key in stored.keys() | here.keys() if stored.get(key) != here.get(key)}
     settled = {key for key in different if here.get(key) == AUTO}
     for key in sorted(different - settled - set(may_change)):
+        given, before = (show_value(values.get(key)) for values in (here, stored))
         raise UserError(
-            f"{key} is {here.get(key)}, but {run_dir} was started with {stored.get(key)} ({path}), and resuming would "
-            f"mix the two; set {key}={stored.get(key)} to go on, or choose another run_dir."
+            f"{key} is {given}, but {run_dir} was started with {before} ({path}), and resuming would mix the two; set "
+            f"{key}={before} to go on, or choose another run_dir." + LONGER_RUN * (key == "num_steps")
         )
     return _with_leaves(config, {key: stored[key] for key in settled})
+
+
+def show_value(value: Any) -> str:
+    """As it is written in YAML."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 @contextmanager
@@ -75,14 +83,14 @@ def exclusive(run_dir: Path) -> Iterator[None]:
         run_dir.mkdir(parents=True, exist_ok=True)
         file = (run_dir / LOCK_FILE).open("w")
     except OSError as error:
-        raise UserError(f"run_dir {run_dir} cannot be written ({error.strerror}); choose another run_dir.") from None
+        raise UserError(f"{run_dir}: cannot be written ({error.strerror}); choose another folder.") from None
     with file:
         try:
             # Not flock: data workers would inherit it, and they outlive a killed run by some seconds.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank_in_environment())
         except (BlockingIOError, PermissionError):
             raise UserError(
-                f"{run_dir}: another run is at work there; wait for it to end, or choose another run_dir."
+                f"{run_dir}: another run is at work there; wait for it to end, or choose another folder."
             ) from None
         except OSError as error:  # some network file systems have no locks
             logger.warning("%s cannot be locked (%s): take care not to start a second run there", run_dir, error)

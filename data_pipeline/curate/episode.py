@@ -4,6 +4,7 @@ The unit of parallel work. It reads one episode, writes one tar and one record, 
 what cannot be used becomes a `Rejection`.
 """
 
+import errno
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -166,6 +167,8 @@ def _rejection(error: Exception, where: str) -> Rejection:
             return Rejection(where=error.where, reason=error.reason, detail=error.detail)
         case VideoError():
             return Rejection(where=where, reason=error.reason, detail=f"{error.path}: {error.detail}")
+        case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE):
+            raise error  # this machine's fault, not the recording's: the build stops and can go on later
         case _:
             logger.error("%s: unexpected error", where, exc_info=error)
             return Rejection(where=where, reason="unexpected_error", detail=f"{type(error).__name__}: {error}")

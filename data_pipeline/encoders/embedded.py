@@ -121,7 +121,7 @@ class EmbeddedCodec:
             ) from error
         if codec.weight_hash != config["weight_hash"]:
             raise UserError(
-                f"{folder}: the codec's weights do not match their hash; restore both files, or build the dataset again."
+                f"{folder}: its weights do not match their hash; restore both files, or build the dataset again."
             )
         return codec
 

@@ -66,6 +66,11 @@ class JointVideoAction(nn.Module):
                 "A policy's action_horizon, proprio_dim or action_dim is null: only a training run's config may leave "
                 "them to the dataset; give the export/ folder of one run, unchanged."
             )
+        if config.action_horizon % world_model.action_conditioner.actions_per_latent:
+            raise UserError(
+                f"policy.action_horizon={config.action_horizon} is no multiple of the "
+                f"{world_model.action_conditioner.actions_per_latent} actions of a latent frame; choose one that is."
+            )
         self.config = config
         self.action_horizon, self.action_dim = config.action_horizon, world_model.config.action_dim
         self.world_model = world_model

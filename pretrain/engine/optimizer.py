@@ -9,7 +9,6 @@ from torch import nn
 
 from configs.loader import StrictConfig
 
-
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -22,7 +21,9 @@ class OptimizerConfig(StrictConfig):
     decay_steps: int | None = Field(
         None, ge=1, description="step at which the cosine ends; null: the run's num_steps. Set it to extend a run later"
     )
-    betas: tuple[DecayRate, DecayRate] = Field((0.9, 0.99), description="AdamW's decay rates of gradient mean and variance")
+    betas: tuple[DecayRate, DecayRate] = Field(
+        (0.9, 0.99), description="AdamW's decay rates of gradient mean and variance"
+    )
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay of matrices; vectors have none")
     max_grad_norm: float = Field(1.0, ge=0, description="global gradient norm above which gradients are scaled; 0: off")

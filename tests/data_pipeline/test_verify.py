@@ -102,7 +102,7 @@ DAMAGE = {
     ),
     "a missing statistic": (
         lambda d: change_json(d / "norm_stats.json", "latents", "std", value=None),
-        "norm_stats.json: latents.std: is missing",
+        "norm_stats.json: latents.std: ",
     ),
     "no codec": (lambda d: (d / "codec" / "config.json").unlink(), "codec"),
     "no manifest": (lambda d: (d / "manifest.parquet").unlink(), "manifest.parquet: is missing or damaged"),

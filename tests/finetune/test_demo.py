@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import markupsafe
 import pytest
 
 from finetune.demo import DemoConfig, demo_folder, simulator_stages
@@ -33,7 +34,7 @@ def check(folder: Path, process: subprocess.CompletedProcess[str]) -> dict:
     page = (folder / "report.html").read_text()
     assert page.count("data:image/") >= 3
     for stage in json.loads((folder / "stages.json").read_text()).values():
-        assert stage["command"].replace("&", "&amp;") in page
+        assert str(markupsafe.escape(stage["command"])) in page
     return results
 
 

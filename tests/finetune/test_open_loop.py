@@ -16,6 +16,8 @@ from finetune.baselines import BehaviourCloningConfig, NetworkConfig
 from finetune.baselines import main as train_behaviour_cloning
 from finetune.evaluate import EvaluateConfig, main, open_loop_table
 from finetune.open_loop import OpenLoopConfig, action_error, evaluate_open_loop, read_clips
+from pretrain.models.video_dit import VideoDiTConfig
+from pretrain.world_models.observation_space import ObservationSpaceConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 tiny = SimpleNamespace(**runpy.run_path(str(REPOSITORY / "tests/data_pipeline/tiny_dataset.py")))
@@ -31,7 +33,8 @@ class OffByOne:
 
     def __init__(self, folder: Path, blind: bool) -> None:
         self.normalizer = DatasetIndex(folder).normalizer("arm", "actions_absolute", "quantile")
-        self.config = SimpleNamespace(inputs=InputConfig())
+        video = VideoDiTConfig(in_channels=6, out_channels=6, text_dim=8)
+        self.config = SimpleNamespace(inputs=InputConfig(), world_model=ObservationSpaceConfig(video=video))
         self.is_blind = blind
 
     @classmethod
@@ -110,6 +113,12 @@ def test_bad_input_is_one_sentence(dataset: Path, tmp_path: Path):
         evaluate_open_loop(OpenLoopConfig(dataset=only_training), (), None, None)
 
 
+def test_rows_that_cannot_be_measured_are_refused(dataset: Path, tmp_path: Path):
+    config = EvaluateConfig(mode="open_loop", rows=("expert",), output=tmp_path, open_loop={"dataset": dataset})
+    with pytest.raises(UserError, match="expert cannot be measured in open loop"):
+        main(config)
+
+
 def test_another_codec_is_refused(dataset: Path, tmp_path: Path):
     import yaml
 
@@ -119,7 +128,7 @@ def test_another_codec_is_refused(dataset: Path, tmp_path: Path):
     info["codec"]["weight_hash"] = "0" * 64
     (other / "dataset.yaml").write_text(yaml.safe_dump(info))
     (other / "norm_stats.json").write_text((dataset / "norm_stats.json").read_text())
-    with pytest.raises(UserError, match="another codec"):
+    with pytest.raises(UserError, match="trained on codec 000000000000"):
         evaluate_open_loop(OpenLoopConfig(dataset=dataset), ("policy",), other, None)
 
 

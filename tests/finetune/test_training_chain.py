@@ -117,10 +117,17 @@ def test_the_same_episode_seed_gives_the_same_plan_and_blindness_changes_it(chai
     assert np.array_equal(plan(blind, 90), plan(seeing, 0))
 
 
-def test_an_unknown_camera_is_one_sentence(chain: Path):
-    policy = Policy.load(chain / "finetune" / "export")
-    with pytest.raises(UserError, match="'front'"):
-        policy.act(Observation({"left": np.zeros((16, 16, 3), np.uint8)}, np.zeros(2, np.float32), ""))
+def test_an_observation_that_does_not_fit_is_one_sentence(chain: Path):
+    policy = Policy.load(str(chain / "finetune" / "export"))
+    image, proprio = np.zeros((16, 16, 3), np.uint8), np.zeros(2, np.float32)
+    for view, picture, state, what in (
+        ("left", image, proprio, "'front'"),
+        ("front", image.astype(np.float32), proprio, "float32"),
+        ("front", image.transpose(2, 0, 1), proprio, r"\[3, 16, 16\]"),
+        ("front", image, np.zeros(7, np.float32), "2 numbers: x, y"),
+    ):
+        with pytest.raises(UserError, match=what):
+            policy.act(Observation({view: picture}, state, ""))
 
 
 def test_evaluate_and_rollout_look_at_the_pretrained_model(chain: Path, tmp_path: Path):

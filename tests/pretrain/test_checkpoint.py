@@ -134,7 +134,7 @@ def test_a_failed_save_leaves_the_others(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError("No space left on device")
 
     monkeypatch.setattr("pretrain.checkpoint.save_file", fail)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match="No space"):
         save(tmp_path, 2, keep_last=1)
     assert [path.name for path in find_checkpoints(tmp_path)] == ["step_00000001"]
 
