@@ -162,11 +162,34 @@ def _check_complete(
         raise VideoError("truncated_video", path, f"it holds {num_packets} of the {stream.frames} frames promised")
     if is_cut:
         raise VideoError("truncated_video", path, "its last frame is cut short")
+    missing_bytes = _missing_matroska_bytes(path) if container.format.name.startswith("matroska") else 0
+    if missing_bytes:
+        raise VideoError("truncated_video", path, f"{missing_bytes} of the bytes that its header promises are missing")
     promised_s = None if counts_frames else _promised_duration_s(container, stream)
     if promised_s is not None:
         held_s = float((end - (stream.start_time or 0)) * _time_base(stream))
         if held_s < promised_s - max(0.25, 0.02 * promised_s):
             raise VideoError("truncated_video", path, f"it holds {held_s:.2f} of the {promised_s:.2f} s promised")
+
+
+def _missing_matroska_bytes(path: str) -> int:
+    """How far the file ends before its Segment does: the duration alone misses frames that were stored after the last
+    one shown. 0 where the size is left open, as live recorders do. Layout: RFC 8794 (EBML), RFC 9559 (Matroska)."""
+    with open(path, "rb") as file:
+        head = file.read(4096)
+
+    def size_at(place: int) -> tuple[int | None, int]:
+        """A variable-length size and the place after it; None where every bit is set, for "unknown"."""
+        width = 9 - head[place].bit_length()
+        value = int.from_bytes(head[place : place + width], "big") & ((1 << 7 * width) - 1)
+        return (None if value == (1 << 7 * width) - 1 else value), place + width
+
+    try:
+        header_size, place = size_at(4)  # after the EBML header's ID of four bytes
+        size, start = size_at(place + (header_size or 0) + 4)  # after the Segment's, of four bytes too
+    except IndexError:
+        return 0
+    return 0 if size is None else max(0, start + size - os.path.getsize(path))
 
 
 def _promised_duration_s(container: InputContainer, stream: VideoStream) -> float | None:

@@ -132,7 +132,8 @@ def check_same_codec(index: DatasetIndex, trained_on: DatasetFolder) -> None:
     if ours != theirs:
         raise UserError(
             f"{index.path} was encoded with codec {ours[:12]}, but {trained_on.path} was trained on codec "
-            f"{theirs[:12]}; use the dataset that it was trained on, or train on this one."
+            f"{theirs[:12]}; train on this dataset, or build it together with the other recordings (one build, several "
+            "sources) so that both have one codec."
         )
 
 

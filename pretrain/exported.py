@@ -35,6 +35,11 @@ def load_model_config(folder: Path, config_class: type[ConfigT]) -> ConfigT:
     path = folder / MODEL_YAML
     if not path.is_file():
         raise UserError(f"{folder}: holds no {MODEL_YAML}; give the export/ folder of a finished run.")
+    if ("policy" in config_class.model_fields) != ("\npolicy:" in path.read_text(errors="replace")):
+        needed, command = (
+            ("policy", "finetune") if "policy" in config_class.model_fields else ("world model", "pretrain")
+        )
+        raise UserError(f"{folder}: is not the export of a {needed}; give the export/ folder of a {command}.train run.")
     return load_config(config_class, path)
 
 

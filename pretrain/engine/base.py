@@ -38,7 +38,7 @@ class EngineConfig(StrictConfig):
         1, description="deepspeed: shard optimizer states (1), gradients too (2), weights too (3)"
     )
     sharding: Literal["ddp", "fsdp2"] = Field("ddp", description="accelerate: replicate the weights or shard them")
-    timeout_s: float = Field(1800, gt=0, description="how long a rank waits for the others before it gives up")
+    timeout_s: float = Field(1800, gt=0, le=1e6, description="how long a rank waits for the others before it gives up")
 
 
 @dataclass(frozen=True)

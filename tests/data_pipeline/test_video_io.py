@@ -238,6 +238,16 @@ def test_truncated_matroska_is_noticed_though_it_counts_no_frames(tmp_path: Path
     assert reason_of(path) == "truncated_video"
 
 
+def test_matroska_that_lost_the_frames_stored_last_is_noticed(videos: dict[str, Path]) -> None:
+    """Frames shown earlier may be stored after the last one shown, so the duration looks whole."""
+    whole = videos["b_frames.mkv"].read_bytes()
+    path = videos["b_frames.mkv"].with_name("cut_late.mkv")
+    for missing in (1, 40, 200):
+        path.write_bytes(whole[:-missing])
+        with pytest.raises(VideoError, match="truncated_video"):
+            probe_video(path)
+
+
 @given(data=st.data())
 def test_damaged_bytes_give_frames_or_a_video_error(videos: dict[str, Path], data: st.DataObject) -> None:
     whole = videos[data.draw(st.sampled_from(VIDEOS))]

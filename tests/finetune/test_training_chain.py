@@ -176,6 +176,10 @@ def test_bad_input_is_one_sentence(chain: Path, tmp_path: Path):
         build_policy_model(finetune_config(chain, embodiment="leg"), index)
     with pytest.raises(UserError, match=r"model\.yaml"):
         build_policy_model(finetune_config(chain, pretrained=tmp_path), index)
+    with pytest.raises(UserError, match="not the export of a policy"):
+        Policy.load(chain / "pretrain" / "export")
+    with pytest.raises(UserError, match="not the export of a world model"):
+        load_world_model(chain / "finetune" / "export")
     weights = load_file(chain / "pretrain" / "export" / "model.safetensors")
     broken = tmp_path / "export"
     subprocess.run(["cp", "-r", str(chain / "pretrain" / "export"), str(broken)], check=True)
