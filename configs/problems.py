@@ -22,7 +22,7 @@ def suggest(given: str, known: Sequence[str]) -> str:
 
 
 def show(value: Any) -> str:
-    names = {dict: "a section", list: "a list", type(None): "empty"}
+    names = {dict: "a section", type(None): "empty"}
     return names.get(type(value)) or reprlib.repr(value)
 
 
@@ -86,7 +86,9 @@ def _reason(details: Any) -> str:
     if details["type"] in ("path_type", "bool_type", "bool_parsing"):
         return "should be a path" if details["type"] == "path_type" else "should be true or false"
     if details["type"] in ("tuple_type", "list_type"):
-        return f"{message} (write [a, b])"
+        return "should be a list (write [a, b])"
+    if details["type"] == "too_short":
+        return f"needs at least {details['ctx']['min_length']}"
     if details["type"] == "literal_error" and isinstance(details["input"], str):
         known = re.findall(r"'([^']*)'", str(details["ctx"]["expected"]))
         near = difflib.get_close_matches(details["input"], known, n=1)

@@ -43,7 +43,14 @@ from .dataset import (
 )
 from .embodiments import Embodiment
 from .encode import MAX_FIT_CLIPS, MAX_PSNR_CLIPS, ClipRef, EncodeEpisode, EncodePlan, prepare_codec
-from .encoders import TEMPORAL_STRIDE, TextEncoderConfig, VideoCodecConfig, WanCodec, create_text_encoder
+from .encoders import (
+    TEMPORAL_STRIDE,
+    TextEncoderConfig,
+    VideoCodecConfig,
+    WanCodec,
+    create_text_encoder,
+    find_model_folder,
+)
 from .one_thread import one_thread
 from .pack import assign_splits, count, pack
 from .progress import track
@@ -85,7 +92,9 @@ class BuildConfig(StrictConfig):
     )
     fps: PositiveFloat | None = Field(None, description="Of the clips; null: the first action-labelled source's own.")
     actions_per_frame: PositiveInt | None = Field(
-        None, description="Actions from one frame to the next; null: what comes nearest to the robot's control rate."
+        None,
+        le=1000,
+        description="Actions from one frame to the next; null: what comes nearest to the robot's control rate.",
     )
     validation_share: float = Field(0.1, ge=0, le=0.9, description="Share of episodes held out, chosen by hash.")
     crf: int = Field(18, ge=0, le=51, description="H.264 quality of the stored clips; lower is better and larger.")
@@ -139,9 +148,12 @@ def main(config: BuildConfig) -> int:
         _start_or_continue(config, staging, {"build": build, "sources": _plain(inputs)})
         num_workers = config.num_workers or os.cpu_count() or 1
         with ray_job.ray_session(config.ray_address, num_workers, config.object_store_mb):
+            ray_job.check_gpus(config.gpus)
             records = _curate(plan, staging, listing, num_workers)
             counts = count(records)
-            _check_any_accepted(records, counts)
+            if not counts.accepted:
+                shutil.rmtree(staging.root)  # there is nothing in it to go on from
+                raise _nothing_accepted(records, counts)
             splits = assign_splits(records, config.validation_share)
             codec = _prepare_codec(config, staging, records, splits)
             text_encoder = _prepare_text_encoder(config, staging)
@@ -304,6 +316,8 @@ def _check_encoders(config: BuildConfig, views: Mapping[str, ViewConfig]) -> Non
                 f"view {name} is {view.height}x{view.width} pixels, but codec {config.codec.kind} needs multiples of "
                 f"{step}; change the view's height and width."
             )
+    if config.text_encoder.folder is not None:
+        find_model_folder(config.text_encoder.folder, "text_encoder")
 
 
 # --- what is there already ----------------------------------------------------------------------------------------
@@ -381,13 +395,11 @@ def _curate(
     return [staging.read_curated(source, episode) for source in sorted(listing) for episode in listing[source]]
 
 
-def _check_any_accepted(records: Sequence[EpisodeRecord], counts: Counts) -> None:
-    if counts.accepted:
-        return
+def _nothing_accepted(records: Sequence[EpisodeRecord], counts: Counts) -> UserError:
     reasons = Counter(rejection.reason for record in records for rejection in record.rejected)
     first = next(rejection for record in records for rejection in record.rejected)
     listed = ", ".join(f"{number} {reason}" for reason, number in reasons.most_common(3))
-    raise UserError(
+    return UserError(
         f"None of the {counts.found} clips and episodes found can be used ({listed}); the first: {first.where}: "
         f"{first.detail}; change the sources or the clips' length and rate."
     )

@@ -10,7 +10,9 @@ Actor pools have a fixed size: autoscaling them by load is slower for stages who
 import json
 import logging
 import os
+import re
 import signal
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,6 +64,7 @@ def ray_session(address: str | None, num_workers: int, object_store_mb: int) -> 
         options |= {"address": "local", "num_cpus": num_workers + 1, "include_dashboard": False}
         options |= {"object_store_memory": object_store_mb * 2**20, "_node_ip_address": "127.0.0.1"}
     else:
+        _check_answers(address)
         options["address"] = address
     on_terminate = signal.getsignal(signal.SIGTERM)
     try:
@@ -74,6 +77,28 @@ def ray_session(address: str | None, num_workers: int, object_store_mb: int) -> 
         yield
     finally:
         ray.shutdown()
+
+
+def check_gpus(wanted: int) -> None:
+    """Ray would wait for GPUs that are not there for ever."""
+    found = int(ray.cluster_resources().get("GPU", 0))
+    if wanted > found:
+        raise UserError(
+            f"gpus={wanted}, but Ray finds {found} here; set gpus to at most {found} (0: encode on the CPU)."
+        )
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself would try for minutes."""
+    place = re.fullmatch(r"(?:ray://)?(?P<host>.+):(?P<port>\d+)", address)
+    if place is None:
+        return
+    try:
+        socket.create_connection((place["host"], int(place["port"])), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"ray_address={address}: nothing answers there ({error}); start Ray on it, or leave ray_address out."
+        ) from None
 
 
 def map_rows(

@@ -33,8 +33,10 @@ class ClosedLoopConfig(StrictConfig):
     tasks: tuple[str, ...] = Field((), description="task names of the simulator")
     episodes: int = Field(20, ge=1, description="episodes per task and row")
     max_steps: int = Field(250, ge=1, description="an episode that has not succeeded by then has failed")
-    goal_seed: int = Field(1000, ge=0, description="draws goals and object positions")
-    training_goal_seed: int = Field(1, ge=0, description="the recording's goal_seed; the two must not share a goal")
+    goal_seed: int = Field(1000, ge=0, lt=2**32, description="draws goals and object positions")
+    training_goal_seed: int = Field(
+        1, ge=0, lt=2**32, description="the recording's goal_seed; the two must not share a goal"
+    )
     image_size: int = Field(128, ge=16, multiple_of=2, description="as recorded")
     films_per_task: int = Field(1, ge=0, description="episodes of the policy to save as mp4")
 
@@ -211,6 +213,8 @@ def _check(config: ClosedLoopConfig) -> None:
         raise UserError(f"closed_loop.tasks is empty: name tasks of {config.simulator}")
     for task in config.tasks:
         simulator.check_task(task)
+    if len(set(config.tasks)) < len(config.tasks):
+        raise UserError(f"closed_loop.tasks names a task twice: {', '.join(config.tasks)}")
     if config.max_steps > simulator.MAX_STEPS:
         raise UserError(f"max_steps={config.max_steps}: {config.simulator} allows at most {simulator.MAX_STEPS}")
     if config.goal_seed == config.training_goal_seed:

@@ -17,9 +17,12 @@ from typing import Any, Literal
 from pydantic import Field
 
 from configs.loader import StrictConfig, UserError, run_command
+from pretrain.exported import load_model_config
 
+from .baselines import BehaviourCloning
 from .closed_loop import ClosedLoopConfig, Row, evaluate_closed_loop
 from .open_loop import OPEN_LOOP_ROWS, OpenLoopConfig, evaluate_open_loop
+from .policy import PolicyModelConfig
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +51,7 @@ class EvaluateConfig(StrictConfig):
 
 def main(config: EvaluateConfig) -> None:
     started = time.monotonic()
-    rows = config.rows or DEFAULT_ROWS[config.mode]
+    rows = tuple(dict.fromkeys(config.rows or DEFAULT_ROWS[config.mode]))  # each once
     _check(config, rows)
     config.output.mkdir(parents=True, exist_ok=True)
     if config.mode == "closed_loop":
@@ -84,6 +87,10 @@ def _check(config: EvaluateConfig, rows: tuple[Row, ...]) -> None:
             raise UserError(f"row {row!r} needs {key}=FOLDER: give it, or leave the row out of rows")
         if row in rows and not folder.is_dir():
             raise UserError(f"{key}={folder}: there is no such folder")
+        if row in rows and key == "checkpoint":
+            load_model_config(folder, PolicyModelConfig)
+        elif row in rows:
+            BehaviourCloning.load(folder)
 
 
 def closed_loop_table(results: dict[str, Any], rows: tuple[Row, ...]) -> str:

@@ -67,8 +67,8 @@ class Policy:
     def load(cls, folder: Path | str, blind: bool = False) -> Policy:
         """Open the `export/` folder of a fine-tuning run. `blind` zeroes every image, to see what sight is worth."""
         folder = Path(folder)
-        dataset = DatasetFolder(folder)
         config = load_model_config(folder, PolicyModelConfig)
+        dataset = DatasetFolder(folder)
         world_model = ObservationSpaceWorldModel(config.world_model, dataset.codec())
         model = JointVideoAction(config.policy, world_model)
         load_weights(model, folder)

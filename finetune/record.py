@@ -73,7 +73,7 @@ class RecordConfig(StrictConfig):
     episodes: int = Field(25, ge=1, description="successful demonstrations to keep per task")
     max_steps: int = Field(250, ge=1, description="an episode that has not succeeded by then is rejected")
     frames_after_success: int = Field(5, ge=0, description="how long an episode goes on once the task is solved")
-    goal_seed: int = Field(1, ge=0, description="draws goals and object positions; evaluate on another")
+    goal_seed: int = Field(1, ge=0, lt=2**32, description="draws goals and object positions; evaluate on another")
     seed: int = Field(0, ge=0, description="draws the disturbances")
     image_size: int = Field(128, ge=16, multiple_of=2, description="height and width of a frame")
     disturbance: DisturbanceConfig = DisturbanceConfig()

@@ -11,7 +11,7 @@ from configs.loader import StrictConfig, UserError
 
 from .base import TEMPORAL_STRIDE, TextEncoder, VideoCodec
 from .embedded import EmbeddedCodec
-from .local_weights import load_reference
+from .local_weights import find_model_folder, load_reference
 from .text import HashedTextEncoder, T5TextEncoder, UMT5TextEncoder, pad_text
 from .wan import WanCodec
 
@@ -29,6 +29,7 @@ __all__ = [
     "VideoCodecConfig",
     "WanCodec",
     "create_text_encoder",
+    "find_model_folder",
     "load_text_encoder",
     "load_video_codec",
     "pad_text",
@@ -56,6 +57,13 @@ class VideoCodecConfig(StrictConfig):
     @model_validator(mode="after")
     def _folder_belongs_to_kind(self) -> Self:
         _check_folder(self.kind, self.folder, needs_folder=self.kind == "wan")
+        return self
+
+    @model_validator(mode="after")
+    def _channels_fit_a_block(self) -> Self:
+        size = TEMPORAL_STRIDE * self.patch**2 * 3
+        if self.kind == "embedded" and self.channels > size:
+            raise ValueError(f"channels {self.channels}: a block has {size} numbers; choose 1 to {size}")
         return self
 
 

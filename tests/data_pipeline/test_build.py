@@ -1,5 +1,6 @@
 """Recordings in, dataset folder out, on a real Ray: the same bytes for any number of workers and after any kill."""
 
+import errno
 import hashlib
 import os
 import shutil
@@ -17,6 +18,7 @@ import webdataset
 from configs.loader import UserError, dump_config, load_config
 from data_pipeline import build, ray_job
 from data_pipeline.build import BuildConfig
+from data_pipeline.encoders import VideoCodecConfig
 from data_pipeline.loader import DatasetIndex, Loader, LoaderConfig
 from data_pipeline.sample import Sample
 from data_pipeline.verify import verify
@@ -237,7 +239,28 @@ def test_bad_input_is_one_sentence(recordings, tmp_path):
     text = recordings / "people/text.mp4"
     bad(recordings, tmp_path, "none of its episodes can be read", sources={"a": video | {"path": text}})
     bad(recordings, tmp_path, "None of the 9 clips and episodes .* too_short", clip_frames=201)
+    assert not (tmp_path / "out.staging").exists()  # or the corrected config would be refused as another build
+    bad(recordings, tmp_path, r"gpus=99, but Ray finds \d+ here", gpus=99)
+    weights = {"kind": "umt5", "folder": tmp_path / "empty"}
+    bad(recordings, tmp_path / "t5", "holds no config.json", text_encoder=weights)
     assert (tmp_path / "precious/thesis.tex").exists()
+
+
+def test_what_stops_a_worker_is_a_sentence_too():
+    def worker(row):
+        raise OSError(errno.ENOSPC, "No space left on device", "shard.tar")
+
+    assert "shard.tar: No space left" in ray_job._Worker(lambda: worker)({"row": "{}"})["error"]
+
+
+def test_a_cluster_that_does_not_answer_is_told_at_once():
+    with pytest.raises(UserError, match=r"ray_address=ray://127\.0\.0\.1:1: nothing answers there"):
+        ray_job._check_answers("ray://127.0.0.1:1")
+
+
+def test_more_channels_than_a_block_has_are_refused():
+    with pytest.raises(ValueError, match="a block has 192 numbers"):
+        VideoCodecConfig(patch=4, channels=193)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)

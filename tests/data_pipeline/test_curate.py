@@ -1,6 +1,7 @@
 """One episode into clips: what is cut, what is rejected and why; without Ray."""
 
 import dataclasses
+import errno
 import os
 from pathlib import Path
 
@@ -221,6 +222,19 @@ def test_an_unforeseen_error_costs_one_episode(tmp_path, robot, caplog):
         record = curate_episode(plan, "lab", source, "episode_000000", writer)
     assert record.rejected[0].reason == "unexpected_error" and "ZeroDivisionError" in record.rejected[0].detail
     assert "Traceback" in caplog.text
+
+
+def test_a_full_disk_is_not_the_recordings_fault(tmp_path, robot):
+    """It stops the build, which can go on later, instead of rejecting what is good."""
+    plan = plan_for(tmp_path, robot)
+    source = open_source(plan.sources["lab"].config)
+
+    def fail(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    source.read_episode = fail
+    with pytest.raises(OSError, match="No space left"), TarWriter(tmp_path / "x.tar") as writer:
+        curate_episode(plan, "lab", source, "episode_000000", writer)
 
 
 def test_an_episode_that_ends_its_worker_is_given_up(tmp_path, robot):

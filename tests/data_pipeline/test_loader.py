@@ -213,6 +213,8 @@ def test_a_flipped_byte_is_found_on_request(tmp_path):
         ("dataset.yaml", b"a: [", "cannot be read"),
         ("manifest.parquet", b"PAR1", "manifest.parquet: is missing or damaged"),
         ("norm_stats.json", b"{", "norm_stats.json: cannot be read"),
+        ("norm_stats.json", b"[]", "norm_stats.json: : Input should be a valid dictionary"),
+        ("norm_stats.json", b'{"embodiments": {}}', "norm_stats.json: latents: Field required"),
     ],
 )
 def test_damaged_records_say_what_to_do(tmp_path, name, data, message):
@@ -220,6 +222,39 @@ def test_damaged_records_say_what_to_do(tmp_path, name, data, message):
     (dataset / name).write_bytes(data)
     with pytest.raises(UserError, match=message):
         DatasetIndex(dataset)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda stats: stats.pop("arm"), "has no statistics of embodiment 'arm'"),
+        (lambda stats: stats["arm"].update(proprio=None), "has 3 action and 0 proprio values of arm, but dataset.yaml"),
+        (lambda stats: stats["arm"]["actions_absolute"].update(q99=[1.0]), "different numbers of dimensions"),
+        (lambda stats: stats["arm"]["actions_absolute"].update(std=None), "actions_absolute.std: Input should be"),
+    ],
+)
+def test_statistics_that_do_not_fit_the_robot_are_refused(tmp_path, change, message):
+    dataset = tiny_dataset(tmp_path / "dataset", clips=(1, 1))
+    stats = json.loads((dataset / "norm_stats.json").read_text())
+    change(stats["embodiments"])
+    (dataset / "norm_stats.json").write_text(json.dumps(stats))
+    with pytest.raises(UserError, match=message):
+        DatasetIndex(dataset)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("codec/codec.safetensors", b"", "codec.safetensors: cannot be read"),
+        ("codec/config.json", b'{"kind": "embedded", "weight_hash": "0"}', "lacks patch, scale"),
+        ("text_encoder/config.json", b'{"kind": "hashed", "weight_hash": 3}', "weight_hash must be text"),
+    ],
+)
+def test_damaged_encoders_say_what_to_do(tmp_path, name, data, message):
+    index = DatasetIndex(tiny_dataset(tmp_path / "dataset", clips=(1, 1)))
+    (index.path / name).write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        index.codec() if name.startswith("codec") else index.text_encoder()
 
 
 def test_a_codec_of_another_dataset_is_refused(tmp_path):

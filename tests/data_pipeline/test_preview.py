@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from configs.loader import UserError
 from data_pipeline.dataset import REJECTED_SCHEMA
 from data_pipeline.loader import DatasetIndex
 from data_pipeline.preview import histogram, render, write_report
@@ -68,6 +69,19 @@ def test_what_recordings_say_is_only_text(dataset):
     )
     page = render(DatasetIndex(dataset))
     assert "<script" not in page and "&lt;script&gt;" in page and "a&amp;b" in page
+
+
+def test_damage_is_one_sentence(dataset):
+    shard = next(dataset.rglob("*.tar"))
+    data = bytearray(shard.read_bytes())
+    start = data.index(b"latents.safetensors") + 512 - data.index(b"latents.safetensors") % 512
+    data[start : start + 8] = b"\xff" * 8  # the length of its header
+    shard.write_bytes(data)
+    with pytest.raises(UserError, match=r"holds a member that cannot be read.*verify"):
+        write_report(dataset)
+    (dataset / "rejected.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"rejected\.parquet: is missing or damaged"):
+        write_report(dataset)
 
 
 def test_a_histogram_of_one_value_is_one_bar():

@@ -118,6 +118,8 @@ def test_a_half_shard_and_a_missing_one_say_so(tmp_path):
         ShardReader(tmp_path).read(last.shard, last.offset, last.num_bytes)
     with pytest.raises(ShardError, match="cannot be opened"):
         ShardReader(tmp_path).read("shards/gone.tar", 0, 1)
+    with pytest.raises(ShardError, match="cannot be read"):
+        ShardReader(tmp_path).read(".", 0, 1)  # a folder opens, and only then refuses to be read
 
 
 def test_an_atomic_file_replaces_the_old_one(tmp_path):

@@ -1,6 +1,7 @@
 """Every kind of damage is listed in one line that names file and sample; a sound dataset has none."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -104,6 +105,15 @@ DAMAGE = {
         lambda d: change_json(d / "norm_stats.json", "latents", "std", value=None),
         "norm_stats.json: latents.std: ",
     ),
+    "a robot that is described nowhere": (
+        lambda d: (d / "dataset.yaml").write_text(
+            re.sub(
+                r"embodiments:\n.*?\ncodec:", "embodiments: {}\ncodec:", (d / "dataset.yaml").read_text(), flags=re.S
+            )
+        ),
+        "embodiment: arm is not described in dataset.yaml",
+    ),
+    "half a codec": (lambda d: (d / "codec" / "codec.safetensors").write_bytes(b"\0" * 9), "codec.safetensors"),
     "no codec": (lambda d: (d / "codec" / "config.json").unlink(), "codec"),
     "no manifest": (lambda d: (d / "manifest.parquet").unlink(), "manifest.parquet: is missing or damaged"),
     "no report": (lambda d: (d / "report.html").unlink(), "report.html: is missing; write it with"),

@@ -25,7 +25,9 @@ NUM_FRAMES, FPS, ACTIONS_PER_FRAME, CHANNELS = 5, 10.0, 2, 6
 ROBOT = Embodiment(name="arm", action_names=("x", "y", "gripper"), proprio_names=("x", "y"), control_hz=20.0)
 
 
-def tiny_sample(episode: int, clip: int, *, has_actions: bool = True, text: str | None = "push it") -> Sample:
+def tiny_sample(
+    episode: int, clip: int, *, has_actions: bool = True, text: str | None = "push it", robot: Embodiment = ROBOT
+) -> Sample:
     number = float(100 * episode + clip)
     num_actions = (NUM_FRAMES - 1) * ACTIONS_PER_FRAME
     meta = SampleMeta(
@@ -38,7 +40,7 @@ def tiny_sample(episode: int, clip: int, *, has_actions: bool = True, text: str 
         control_hz=FPS * ACTIONS_PER_FRAME if has_actions else None,
         num_frames=NUM_FRAMES,
         views={"front": ViewMeta(height=16, width=16, role="external")},
-        embodiment=ROBOT.name if has_actions else None,
+        embodiment=robot.name if has_actions else None,
         instruction=text,
         captions=(text,) if text else (),
         has_actions=has_actions,
@@ -53,17 +55,21 @@ def tiny_sample(episode: int, clip: int, *, has_actions: bool = True, text: str 
         video={"front": encode_video(frames, None, FPS)},
         latents={"front": torch.full((2, CHANNELS, 4, 4), number, dtype=torch.bfloat16)},
         text=HashedTextEncoder(8).encode([text])[0].to(torch.bfloat16) if text else None,
-        actions=np.full((num_actions, 3), number, dtype=np.float32) if has_actions else None,
-        proprio=np.full((num_actions, 2), number, dtype=np.float32) if has_actions else None,
+        actions=np.full((num_actions, robot.action_dim), number, dtype=np.float32) if has_actions else None,
+        proprio=np.full((num_actions, robot.proprio_dim), number, dtype=np.float32) if has_actions else None,
     )
 
 
 def tiny_dataset(
-    folder: Path, clips: Sequence[int] = (3, 4, 2), action_free: Sequence[int] = (), max_shard_mb: int = 1
+    folder: Path,
+    clips: Sequence[int] = (3, 4, 2),
+    action_free: Sequence[int] = (),
+    max_shard_mb: int = 1,
+    robot: Embodiment = ROBOT,
 ) -> Path:
     """`clips[e]` clips in episode e; the episodes in `action_free` have no actions. One rejected episode besides."""
     staging = Staging(folder.with_name(folder.name + ".staging"))
-    records = [_stage(staging, episode, number, episode not in action_free) for episode, number in enumerate(clips)]
+    records = [_stage(staging, e, number, e not in action_free, robot) for e, number in enumerate(clips)]
     rejection = Rejection(where="lab/broken", reason="not_a_video", detail="it is a text file")
     common = {"source": "lab", "content_sha256": None, "embodiment": None, "has_actions": False, "repairs": ()}
     records.append(EpisodeRecord(**common, episode="broken", found=1, clips=(), rejected=(rejection,)))
@@ -79,7 +85,7 @@ def tiny_dataset(
         actions_per_frame=ACTIONS_PER_FRAME,
         control_hz=FPS * ACTIONS_PER_FRAME,
         views={"front": VIEW},
-        embodiments={} if len(action_free) == len(clips) else {ROBOT.name: ROBOT},
+        embodiments={} if len(action_free) == len(clips) else {robot.name: robot},
         codec=measure_codec(codec, iter([video]), "train"),
         text_encoder={"name": encoder.name, "weight_hash": encoder.weight_hash, "width": encoder.width},
         counts=count(records),
@@ -94,13 +100,13 @@ def tiny_dataset(
     return folder
 
 
-def _stage(staging: Staging, episode: int, num_clips: int, has_actions: bool) -> EpisodeRecord:
+def _stage(staging: Staging, episode: int, num_clips: int, has_actions: bool, robot: Embodiment) -> EpisodeRecord:
     name = f"episode_{episode}"
     curated, encoded = staging.curated_tar("lab", name), staging.encoded_tar("lab", name)
     clips, rows = [], []
     with TarWriter(curated) as curated_writer, TarWriter(encoded) as encoded_writer:
         for clip in range(num_clips):
-            sample = tiny_sample(episode, clip, has_actions=has_actions)
+            sample = tiny_sample(episode, clip, has_actions=has_actions, robot=robot)
             members = sample.to_members()
             later = {"__key__", "front.latents.safetensors", "text.safetensors"}
             first = tar_records(
@@ -115,7 +121,7 @@ def _stage(staging: Staging, episode: int, num_clips: int, has_actions: bool) ->
         source="lab",
         episode=name,
         content_sha256=f"{episode:064d}",
-        embodiment=ROBOT.name if has_actions else None,
+        embodiment=robot.name if has_actions else None,
         has_actions=has_actions,
         found=num_clips,
         clips=tuple(clips),

@@ -1,5 +1,6 @@
 """Behaviour cloning learns what is there to learn, and comes back from disk as the policy that was trained."""
 
+import re
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
@@ -160,6 +161,33 @@ def test_bad_input_is_one_sentence(dataset: Path, tmp_path: Path):
         run(action_horizon=100)
     with pytest.raises(UserError, match=r"finetune\.baselines"):
         BehaviourCloning.load(tmp_path)
+
+
+def test_a_damaged_policy_is_one_sentence(trained, tmp_path: Path):
+    policy, _ = trained
+    policy.save(tmp_path)
+    weights, spec = (tmp_path / name for name in ("model.safetensors", "behaviour_cloning.yaml"))
+    text, data = spec.read_text(), weights.read_bytes()
+    spec.write_text(text.replace("action_horizon: 2", "action_horizon: 3"))
+    with pytest.raises(UserError, match=r"does not fit the model that .*behaviour_cloning\.yaml describes"):
+        BehaviourCloning.load(tmp_path)
+    spec.write_text(re.sub(r"q99: .*", "q99: [1.0]", text, count=1))
+    with pytest.raises(UserError, match="different numbers of dimensions"):
+        BehaviourCloning.load(tmp_path)
+    spec.write_text(text)
+    weights.write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match=r"model\.safetensors: cannot be read"):
+        BehaviourCloning.load(tmp_path)
+
+
+def test_a_full_disk_costs_no_policy_that_is_there(trained, tmp_path: Path):
+    policy, _ = trained
+    policy.save(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / ".model.safetensors").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        policy.save(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
 def test_random_actions_follow_the_seed_and_last():

@@ -161,6 +161,7 @@ def test_goals_that_demonstrations_had_are_refused(monkeypatch: pytest.MonkeyPat
     [
         ({"tasks": []}, "tasks is empty"),
         ({"tasks": ["door-opn-v3"]}, "door-open-v3"),
+        ({"tasks": [TASK, TASK]}, "twice"),
         ({"goal_seed": 1}, "demonstrations' own"),
         ({"episodes": 51}, "50 goals"),
         ({"max_steps": 501}, "at most 500"),

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,17 @@ from types import SimpleNamespace
 import markupsafe
 import pytest
 
-from finetune.demo import DemoConfig, demo_folder, simulator_stages
+from configs.loader import UserError
+from finetune.demo import (
+    DemoConfig,
+    Stage,
+    demo_folder,
+    empty,
+    main,
+    own_data_stages,
+    run_stage,
+    simulator_stages,
+)
 from finetune.demo_report import smoothed
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -68,6 +79,36 @@ def test_a_failed_stage_shows_its_reason_and_keeps_what_is_there(tmp_path: Path)
     assert process.returncode == 1
     assert "stage build failed" in process.stdout
     assert "Traceback" not in process.stdout + process.stderr
+
+
+def test_a_failed_stage_shows_the_sentence_under_all_that_torchrun_says(tmp_path: Path, capsys):
+    script = tmp_path / "stage.py"
+    printed = "error: no such thing; give another.\n" * 2 + "Traceback\n" + "noise\n" * 50
+    script.write_text(f"print({printed!r})\nexit(2)\n")
+    assert run_stage(Stage("toy", "a toy", f"python {script}"), tmp_path / "toy.log") is None
+    assert capsys.readouterr().out.splitlines()[0] == "      | error: no such thing; give another."
+    assert "noise" in (tmp_path / "toy.log").read_text()
+
+
+def test_fresh_never_empties_a_folder_that_is_not_a_demos(tmp_path: Path):
+    (tmp_path / "thesis.tex").write_text("do not delete")
+    with pytest.raises(UserError, match=r"has no stages\.json, so it is not a demo's"):
+        main(DemoConfig(folder=tmp_path, fresh=True))
+    assert (tmp_path / "thesis.tex").exists()
+    (tmp_path / "thesis.tex").rename(tmp_path / "stages.json")
+    empty(tmp_path)
+    assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"] == []
+
+
+@pytest.mark.parametrize("data", [None, Path("my robot's data")])
+def test_folders_of_any_name_reach_the_commands_whole(data: Path | None):
+    folder = Path("a demo/für's lab")
+    config = DemoConfig(data=data)
+    for stage in simulator_stages(config, folder) if data is None else own_data_stages(config, folder):
+        words = shlex.split(stage.command)
+        paths = [word.partition("=")[2] for word in words if "/für" in word or "robot" in word.partition("=")[2]]
+        assert paths
+        assert all(path.startswith(str(folder)) or path == str(data) for path in paths)
 
 
 def test_a_folder_that_is_not_there_is_one_sentence(tmp_path: Path):

@@ -1,6 +1,7 @@
 """Open-loop errors, on a dataset whose actions are known by heart."""
 
 import runpy
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from configs.loader import UserError
 from data_pipeline.loader import DatasetIndex, InputConfig
@@ -120,16 +122,42 @@ def test_rows_that_cannot_be_measured_are_refused(dataset: Path, tmp_path: Path)
 
 
 def test_another_codec_is_refused(dataset: Path, tmp_path: Path):
-    import yaml
-
-    other = tmp_path / "export"
-    other.mkdir()
-    info = yaml.safe_load((dataset / "dataset.yaml").read_text())
+    export = shutil.copytree(dataset, tmp_path / "export")  # read the same way
+    info = yaml.safe_load((export / "dataset.yaml").read_text())
     info["codec"]["weight_hash"] = "0" * 64
-    (other / "dataset.yaml").write_text(yaml.safe_dump(info))
-    (other / "norm_stats.json").write_text((dataset / "norm_stats.json").read_text())
+    (export / "dataset.yaml").write_text(yaml.safe_dump(info))
     with pytest.raises(UserError, match="trained on codec 000000000000"):
-        evaluate_open_loop(OpenLoopConfig(dataset=dataset), ("policy",), other, None)
+        evaluate_open_loop(OpenLoopConfig(dataset=dataset), ("policy",), export, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "leg"}, r"has actions of the robot arm, but .* was trained on leg"),
+        ({"action_names": ("a", "b", "c")}, "have another layout"),
+        ({"proprio_names": ("a", "b")}, "have another layout"),
+    ],
+)
+def test_another_robot_is_refused(dataset: Path, tmp_path: Path, changes: dict[str, Any], message: str):
+    """Also where it has as many actions: they would mean something else."""
+    export = tiny.tiny_dataset(tmp_path / "export", robot=tiny.ROBOT.model_copy(update=changes))
+    with pytest.raises(UserError, match=message):
+        evaluate_open_loop(OpenLoopConfig(dataset=dataset), ("policy",), export, None)
+
+
+def test_behaviour_cloning_of_another_robot_or_view_is_refused(dataset: Path, tmp_path: Path):
+    trained = tmp_path / "bc"
+    train_behaviour_cloning(
+        BehaviourCloningConfig(dataset=dataset, output=trained, action_horizon=4, steps=1, batch_size=2)
+    )
+    narrower = tiny.ROBOT.model_copy(update={"proprio_names": ("x",)})
+    other = tiny.tiny_dataset(tmp_path / "other", clips=(3, 4, 2, 3), robot=narrower)
+    with pytest.raises(UserError, match="arm has 3 actions and 1 proprio values, but behaviour cloning"):
+        evaluate_open_loop(OpenLoopConfig(dataset=other), ("bc",), None, trained)
+    spec = trained / "behaviour_cloning.yaml"
+    spec.write_text(spec.read_text().replace("view: front", "view: wrist"))
+    with pytest.raises(UserError, match="wrist"):
+        evaluate_open_loop(OpenLoopConfig(dataset=dataset), ("bc",), None, trained)
 
 
 def test_torch_is_left_without_gradients(dataset: Path, monkeypatch: pytest.MonkeyPatch):

@@ -141,6 +141,21 @@ def test_bad_settings_are_refused_at_once(tmp_path: Path, changes: dict[str, Any
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("disturbance.hold_steps=[9, 2]", r"should be \[least, most\]"),
+        ("disturbance.hold_steps=[0, 0]", "greater than 0"),  # would hold no action at all, for ever
+        ("goal_seed=-1", "greater than or equal to 0"),
+        ("goal_seed=4294967296", "less than 4294967296"),
+        ("image_size=33", "multiple of 2"),
+    ],
+)
+def test_nonsense_is_refused_before_anything_starts(tmp_path: Path, setting: str, message: str):
+    with pytest.raises(UserError, match=message):
+        load_config(RecordConfig, None, [f"tasks=[{TASK}]", f"output={tmp_path}/out", setting])
+
+
 def test_the_demo_config_is_valid():
     demo = load_config(RecordConfig, REPOSITORY / "configs/finetune/record_demo.yaml")
     assert len(demo.tasks) == 3

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -127,16 +128,30 @@ def test_what_a_kill_left_is_ignored_and_cleaned_up(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".tmp-*"))
 
 
-def test_a_failed_save_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mark_of_completeness_that_is_garbage_is_named(tmp_path: Path) -> None:
+    (save(tmp_path, 1) / "COMPLETE").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"checksums.json: is missing or does not match COMPLETE"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        SafetensorError("I/O error: No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 192 vs 80"),  # torch's way to say so
+    ],
+)
+def test_a_failed_save_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     save(tmp_path, 1)
 
     def fail(*args: Any, **kwargs: Any) -> None:
-        raise OSError("No space left on device")
+        raise error
 
     monkeypatch.setattr("pretrain.checkpoint.save_file", fail)
-    with pytest.raises(UserError, match="No space"):
+    with pytest.raises(UserError, match=r"step_00000002: cannot be written \((No space|.*I/O error|the disk is full)"):
         save(tmp_path, 2, keep_last=1)
-    assert [path.name for path in find_checkpoints(tmp_path)] == ["step_00000001"]
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]  # and the half-written one is gone
 
 
 def test_weights_that_are_not_there_or_not_safetensors(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from configs.loader import UserError
 from pretrain.metrics import MetricsLog, Progress, StepTimer, peak_memory, read_metrics
 
 
@@ -35,6 +36,15 @@ def test_resume_drops_rows_after_the_step_and_a_half_line(tmp_path: Path) -> Non
     resumed = MetricsLog(path, 3, True)
     resumed.write({"step": 4, "again": True})
     assert read_metrics(path) == [{"step": 1}, {"step": 2}, {"step": 3}, {"step": 4, "again": True}]
+
+
+@pytest.mark.parametrize("line", [b"hello", b"\xff\xfe", b"3", b'{"loss": 1}'])
+def test_a_file_that_holds_something_else_is_left_alone(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b"\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is no row of metrics"):
+        MetricsLog(path, 1, True)
+    assert line in path.read_bytes()
 
 
 def test_only_the_main_rank_writes(tmp_path: Path) -> None:

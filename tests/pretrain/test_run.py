@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.loader import StrictConfig, UserError, load_config
-from pretrain.run import StopSignal, resume_config, seed_generator, write_config
+from pretrain.run import StopSignal, exclusive, resume_config, seed_generator, write_config
 
 CPU = torch.device("cpu")
 numbers = st.integers(0, 10**6)
@@ -77,6 +79,33 @@ def test_a_run_dir_that_is_a_file_is_refused(tmp_path: Path) -> None:
     path.write_text("")
     with pytest.raises(UserError, match="is a file; choose another run_dir"):
         resume_config(path, RunConfig(run_dir=path), may_change=())
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On every rank, as none would hear of it from another; and not after the first one was killed."""
+    hold = "import sys, time; from pathlib import Path; from pretrain.run import exclusive"
+    for rank in (0, 1):
+        command = f"{hold}\nwith exclusive(Path({str(tmp_path)!r})): print(flush=True); time.sleep(60)"
+        environment = {**os.environ, "RANK": str(rank)}
+        with subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, env=environment) as first:
+            assert first.stdout is not None
+            first.stdout.readline()
+            monkeypatch.setenv("RANK", str(rank))
+            with pytest.raises(UserError, match="another run is at work there"), exclusive(tmp_path):
+                pass
+            monkeypatch.setenv("RANK", str(rank + 2))  # another rank of the same run
+            with exclusive(tmp_path):
+                pass
+            first.kill()
+        monkeypatch.setenv("RANK", str(rank))
+        with exclusive(tmp_path):
+            pass
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="run: cannot be written"), exclusive(tmp_path / "file" / "run"):
+        pass
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
