@@ -21,8 +21,6 @@ AUTO = "auto"
 
 logger = logging.getLogger(__name__)
 
-LONGER_RUN = " (Decay ends with num_steps: a run that may be extended sets optimizer.decay_steps from its start.)"
-
 ConfigT = TypeVar("ConfigT", bound=StrictConfig)
 
 
@@ -63,7 +61,7 @@ def resume_config(run_dir: Path, config: ConfigT, may_change: Collection[str]) -
         given, before = (show_value(values.get(key)) for values in (here, stored))
         raise UserError(
             f"{key} is {given}, but {run_dir} was started with {before} ({path}), and resuming would mix the two; set "
-            f"{key}={before} to go on, or choose another run_dir." + LONGER_RUN * (key == "num_steps")
+            f"{key}={before} to go on, or choose another run_dir."
         )
     return _with_leaves(config, {key: stored[key] for key in settled})
 

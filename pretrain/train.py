@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from configs.loader import StrictConfig, dump_config, run_command
+from configs.loader import StrictConfig, UserError, dump_config, run_command
 from data_pipeline.dataset import CODEC, DATASET_YAML, NORM_STATS, TEXT_ENCODER, Split
 from data_pipeline.loader import DatasetIndex, Loader, LoaderConfig
 
@@ -71,7 +71,7 @@ class PretrainConfig(TrainConfig):
 
 # A resumed run may differ in these: they leave the losses as they are.
 MAY_CHANGE = frozenset(
-    {"run_dir", "checkpoint_every", "keep_last", "validate_every", "validation_batches", "log_every"}
+    {"run_dir", "num_steps", "checkpoint_every", "keep_last", "validate_every", "validation_batches", "log_every"}
     | {"loader.num_workers", "loader.prefetch_factor", "loader.check_sha256", "engine.timeout_s"}
 )
 
@@ -97,9 +97,12 @@ def main(config: PretrainConfig) -> int:
 
 
 def resume_run(config: TrainConfigT) -> TrainConfigT:
-    """The config to run with: one that would change the losses of a run that is already there is refused."""
-    may_change = MAY_CHANGE | ({"num_steps"} if config.optimizer.decay_steps else set())
-    return resume_config(config.run_dir, config, may_change)
+    """The config to run with: one that would change the losses of a run that is already there is refused.
+
+    More steps are welcome, on the schedule that the run was started with.
+    """
+    settled = config.optimizer.model_copy(update={"decay_steps": config.optimizer.decay_steps or config.num_steps})
+    return resume_config(config.run_dir, config.model_copy(update={"optimizer": settled}), MAY_CHANGE)
 
 
 def dataset_batches(index: DatasetIndex, config: LoaderConfig) -> OpenBatches:
@@ -133,7 +136,7 @@ def train(
     engine.barrier()
     ema = ExponentialMovingAverage(engine, config.ema_decay)
     checkpoints = config.run_dir / "checkpoints"
-    state = resume(checkpoints, engine, ema)
+    state = resume(checkpoints, engine, ema, config.num_steps)
     log_start(engine, state, config)
     metrics = MetricsLog(config.run_dir / "metrics.jsonl", state.step, engine.is_main)
     progress = Progress(config.num_steps, engine.is_main)
@@ -188,9 +191,15 @@ def validate(
     return validation_row(engine, ema, batches, num_batches=config.validation_batches, seed=config.seed, step=step)
 
 
-def resume(checkpoints: Path, engine: Engine, ema: ExponentialMovingAverage) -> TrainState:
+def resume(checkpoints: Path, engine: Engine, ema: ExponentialMovingAverage, num_steps: int) -> TrainState:
     stored = load_checkpoint(checkpoints, engine, ema)
-    return TrainState() if stored is None else TrainState(**stored)
+    state = TrainState() if stored is None else TrainState(**stored)
+    if state.step > num_steps:
+        raise UserError(
+            f"num_steps is {num_steps}, but {checkpoints.parent} has {state.step} already; set num_steps to at least "
+            "that, or choose another run_dir."
+        )
+    return state
 
 
 def log_start(engine: Engine, state: TrainState, config: TrainConfig) -> None:

@@ -19,7 +19,7 @@ class OptimizerConfig(StrictConfig):
     min_learning_rate: float = Field(0.0, ge=0, description="learning rate at the end of the cosine and after it")
     warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up from zero")
     decay_steps: int | None = Field(
-        None, ge=1, description="step at which the cosine ends; null: the run's num_steps. Set it to extend a run later"
+        None, ge=1, description="step at which the cosine ends; null: the num_steps that the run is started with"
     )
     betas: tuple[DecayRate, DecayRate] = Field(
         (0.9, 0.99), description="AdamW's decay rates of gradient mean and variance"

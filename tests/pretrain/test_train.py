@@ -18,7 +18,7 @@ from pretrain.checkpoint import find_checkpoints, read_weights
 from pretrain.metrics import read_metrics
 from pretrain.run import EXIT_STOPPED, resume_config
 from pretrain.steps import split_batch
-from pretrain.train import MAY_CHANGE, PretrainConfig
+from pretrain.train import MAY_CHANGE, PretrainConfig, resume_run
 
 SCRIPT = Path(__file__).with_name("tiny_training.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -133,8 +133,20 @@ def test_only_fields_that_leave_the_losses_alone_may_change(tmp_path: Path) -> N
     resume_config(tmp_path, tiny.tiny_config(tmp_path, 1, log_every=3, checkpoint_every=7), MAY_CHANGE)
     with pytest.raises(UserError, match=r"ema_decay is 0\.5"):
         resume_config(tmp_path, tiny.tiny_config(tmp_path, 1, ema_decay=0.5), MAY_CHANGE)
-    with pytest.raises(UserError, match=r"num_steps is 12"):
-        resume_config(tmp_path, config, MAY_CHANGE)
+
+
+def test_a_run_can_be_extended_on_the_schedule_it_was_started_with(tmp_path: Path) -> None:
+    def extended(num_steps: int, **optimizer: Any) -> PretrainConfig:
+        return resume_run(tiny.tiny_config(tmp_path, num_steps, optimizer=optimizer))
+
+    tiny.tiny_run(extended(6))
+    assert extended(6).optimizer.decay_steps == 6
+    with pytest.raises(UserError, match=r"optimizer\.decay_steps is 12, but .* was started with 6"):
+        extended(12)
+    tiny.tiny_run(extended(12, decay_steps=6))
+    assert curve(tmp_path)[-1]["step"] == 12
+    with pytest.raises(UserError, match=r"num_steps is 5, but .* has 12 already"):
+        tiny.tiny_run(extended(5, decay_steps=6))
 
 
 def test_split_batch_keeps_order_and_rows_together() -> None:
