@@ -56,7 +56,7 @@ from .pack import assign_splits, count, pack
 from .progress import track
 from .sample import SCHEMA_VERSION, VIEW_NAME
 from .shards import write_atomic
-from .sources import Source, SourceConfig, SourceError, open_source
+from .sources import AnySourceConfig, Source, SourceError, open_source
 from .staging import EpisodeRecord, Staging
 from .video_io import ViewConfig
 
@@ -65,19 +65,10 @@ logger = logging.getLogger(__name__)
 SourceName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
 
 
-class BuildSource(SourceConfig):
-    """One recording set of a build. Its name is its key under `sources`."""
-
-    view_map: dict[str, str] | None = Field(
-        None, description="Recorded view name -> view name in the dataset; null: the same names."
-    )
-    max_episodes: PositiveInt | None = Field(None, description="Use only the first so many episodes.")
-
-
 class BuildConfig(StrictConfig):
     """What to build from what."""
 
-    sources: dict[SourceName, BuildSource] = Field(min_length=1, description="The recording sets, by name.")
+    sources: dict[SourceName, AnySourceConfig] = Field(min_length=1, description="The recording sets, by name.")
     out: Path = Field(description="The dataset folder to write; `<out>.staging` holds the work in progress.")
 
     views: dict[str, ViewConfig] | None = Field(
@@ -218,10 +209,9 @@ def _open_sources(config: BuildConfig) -> tuple[dict[str, Source], dict[str, lis
     return sources, listing
 
 
-def _reader_config(name: str, source: BuildSource) -> SourceConfig:
+def _reader_config(name: str, source: AnySourceConfig) -> AnySourceConfig:
     """What travels to the workers: absolute, because a worker's folder may be another."""
-    fields = {field: getattr(source, field) for field in SourceConfig.model_fields}
-    return SourceConfig(**fields | {"name": name, "path": source.path.absolute()})
+    return source.model_copy(update={"name": name, "path": source.path.absolute()})
 
 
 def _source_info(episodes: Sequence[str]) -> SourceInfo:
@@ -241,9 +231,7 @@ def _resolve(config: BuildConfig, sources: Mapping[str, Source], listing: Mappin
         staging=config.out.absolute().with_name(config.out.name + ".staging"),
         run=uuid.uuid4().hex,
         sources={
-            name: SourcePlan(
-                config=_reader_config(name, source), view_map=source.view_map, embodiment=embodiments[name]
-            )
+            name: SourcePlan(config=_reader_config(name, source), embodiment=embodiments[name])
             for name, source in config.sources.items()
         },
         views=config.views or _views_of_first_source(config, sources, listing),

@@ -14,7 +14,7 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, Field
 from rich.console import Console
@@ -22,18 +22,18 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from configs.loader import StrictConfig, dump_config, run_command
+from configs.loader import StrictConfig, UserError, dump_config, run_command
+from configs.problems import suggest
 
 from .embodiments import Embodiment
-from .sources import Episode, Source, SourceConfig, SourceError, detect_kind, open_source
-from .video_io import probe_video
+from .sources import FORMATS, Episode, Footage, Source, SourceError, detect_kind
 
 SHOWN_LINES = 20  # of repairs and of unreadable episodes in the table; --json has them all
 
 
 class DoctorConfig(StrictConfig):
     path: Path = Field(description="folder of the recording set (or one video file)")
-    kind: Literal["auto", "lerobot", "video_folder"] = Field(default="auto", description="the format; auto: found out")
+    kind: str = Field(default="auto", description=f"the format: {', '.join(FORMATS)}; auto: found out")
     as_json: bool = Field(default=False, alias="json", description="write the report as JSON instead of a table")
 
 
@@ -91,8 +91,9 @@ def main(config: DoctorConfig) -> int:
 
 def examine(path: Path, kind: str) -> Report:
     """Read every episode and sum up. UserError when the set is unusable as a whole."""
-    config = SourceConfig.model_validate({"kind": kind, "path": path})
-    source = open_source(config)
+    if kind not in FORMATS:
+        raise UserError(f"kind={kind}: there is no such format{suggest(kind, list(FORMATS))}.")
+    source = FORMATS[kind].open(FORMATS[kind].config(path=path))
     episode_ids = source.list_episodes()
     episodes, unreadable = _read_all(source, episode_ids)
     instructions = Counter(episode.instruction for episode in episodes if episode.instruction)
@@ -136,17 +137,17 @@ def _read_all(source: Source, episode_ids: list[str]) -> tuple[list[Episode], li
 
 
 def _views(episodes: list[Episode]) -> dict[str, ViewReport]:
-    files: dict[str, set[str]] = {}
+    footages: dict[str, dict[str, Footage]] = {}  # one of each file
     frames: Counter[str] = Counter()
     for episode in episodes:
-        for view, segment in episode.views.items():
-            files.setdefault(view, set()).add(segment.path)
+        for view, footage in episode.views.items():
+            footages.setdefault(view, {}).setdefault(footage.path, footage)
             frames[view] += episode.num_frames
     views = {}
-    for view, paths in files.items():
-        infos = [probe_video(path) for path in sorted(paths)]
+    for view, files in footages.items():
+        infos = [footage.info() for footage in files.values()]
         views[view] = ViewReport(
-            codecs=sorted({f"{info.codec} {info.pix_fmt}" for info in infos}),
+            codecs=sorted({info.codec for info in infos}),
             sizes=sorted({f"{info.width}x{info.height}" for info in infos}),
             fps=sorted({round(info.fps, 3) for info in infos}),
             num_files=len(infos),

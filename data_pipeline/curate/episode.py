@@ -16,13 +16,13 @@ from pydantic import Field
 
 from configs.loader import StrictConfig
 
-from ..align import AlignedControl, ClipClock, align_control, nearest_frames
+from ..align import AlignedControl, ClipClock, align_control
 from ..embodiments import Embodiment
 from ..sample import SCHEMA_VERSION, VIEW_NAME, Sample, SampleMeta, SourceMeta, ViewMeta
 from ..shards import TarWriter, tar_records
-from ..sources import Episode, Source, SourceConfig, SourceError, VideoSegment, open_source
+from ..sources import AnySourceConfig, Episode, Footage, Source, SourceError, open_source
 from ..staging import EpisodeRecord, Rejection, StagedClip, Staging, write_record
-from ..video_io import VideoError, ViewConfig, decode_frames, encode_video, frame_indices_at, prepare_view, probe_video
+from ..video_io import VideoError, ViewConfig, encode_video, prepare_view
 from .clips import MIN_RATE_SHARE, clip_key, clip_starts, motion_score, view_role
 
 logger = logging.getLogger(__name__)
@@ -35,8 +35,7 @@ DECODE_BYTES = 128 * 2**20
 
 
 class SourcePlan(StrictConfig):
-    config: SourceConfig
-    view_map: dict[str, str] | None = Field(description="Source's view name -> dataset's; null: the same names.")
+    config: AnySourceConfig
     embodiment: Embodiment | None
 
 
@@ -91,8 +90,8 @@ def curate_episode(
     try:
         episode = source.read_episode(episode_id)
         starts = _plan_clips(plan, episode)
-        segments = select_views(episode, source_plan.view_map, plan.views)
-        blocks = _plan_blocks(plan, segments, episode, starts)
+        footages = select_views(episode, source_plan.config.view_map, plan.views)
+        blocks = _plan_blocks(plan, footages, episode, starts)
         _check_control(episode, source_plan.embodiment)
     except Exception as error:
         return rejected_episode(source_name, episode_id, _rejection(error, _where(source_plan, episode_id)))
@@ -100,7 +99,7 @@ def curate_episode(
     embodiment = source_plan.embodiment if episode.actions is not None else None
     clips: list[StagedClip] = []
     rejected: list[Rejection] = []
-    for clip, pixels in _decode_clips(plan, segments, blocks):
+    for clip, pixels in _decode_clips(plan, footages, blocks):
         try:
             if isinstance(pixels, Exception):
                 raise pixels
@@ -207,19 +206,17 @@ def view_name(source_name: str) -> str:
     return safe.strip("_") or "view"
 
 
-def select_views(
-    episode: Episode, view_map: dict[str, str] | None, views: dict[str, ViewConfig]
-) -> dict[str, VideoSegment]:
+def select_views(episode: Episode, view_map: dict[str, str] | None, views: dict[str, ViewConfig]) -> dict[str, Footage]:
     """Which recorded view shows each of the dataset's views.
 
     Without a map, by name; an only view stands for an only view, whatever they are called.
     """
     if view_map is not None:
-        found = {view_map[name]: segment for name, segment in episode.views.items() if name in view_map}
+        found = {view_map[name]: footage for name, footage in episode.views.items() if name in view_map}
     elif len(views) == len(episode.views) == 1:
         found = dict(zip(views, episode.views.values(), strict=True))
     else:
-        found = {view_name(name): segment for name, segment in episode.views.items()}
+        found = {view_name(name): footage for name, footage in episode.views.items()}
     missing = sorted(views.keys() - found.keys())
     if missing:
         detail = f"no view {', '.join(missing)}; the episode has {', '.join(sorted(episode.views)) or 'none'}"
@@ -243,15 +240,15 @@ _Pixels = dict[str, np.ndarray]
 
 
 def _plan_blocks(
-    plan: CuratePlan, segments: dict[str, VideoSegment], episode: Episode, starts: Sequence[int]
+    plan: CuratePlan, footages: dict[str, Footage], episode: Episode, starts: Sequence[int]
 ) -> list[list[_Clip]]:
     """The clips, grouped: neighbours share frames, so as many are decoded at once as memory allows."""
-    block_frames = min(_block_frames(segment, plan.views[view], episode) for view, segment in segments.items())
+    block_frames = min(_block_frames(footage, plan.views[view], episode) for view, footage in footages.items())
     blocks: list[list[_Clip]] = []
     block_start = -1
     for index, start in enumerate(starts):
         clock = ClipClock(start / plan.fps, plan.fps, plan.num_frames, plan.actions_per_frame)
-        frames = {view: _file_frames(segment, episode.fps, clock) for view, segment in segments.items()}
+        frames = {view: footage.positions(clock.frame_times_s, episode.fps) for view, footage in footages.items()}
         end_frame = (start + plan.num_frames) / plan.fps * episode.fps
         if not blocks or end_frame - block_start > block_frames:
             blocks.append([])
@@ -260,15 +257,8 @@ def _plan_blocks(
     return blocks
 
 
-def _file_frames(segment: VideoSegment, fps: float, clock: ClipClock) -> np.ndarray:
-    if segment.start_frame is not None:
-        return segment.start_frame + nearest_frames(clock.frame_times_s, fps)
-    # No frame count to rely on (a variable rate): the file's own timestamps decide.
-    return frame_indices_at(segment.path, segment.start_s + clock.frame_times_s)
-
-
-def _block_frames(segment: VideoSegment, view: ViewConfig, episode: Episode) -> int:
-    info = probe_video(segment.path)
+def _block_frames(footage: Footage, view: ViewConfig, episode: Episode) -> int:
+    info = footage.info()
     if view.crop is not None and (
         view.crop[0] + view.crop[2] > info.height or view.crop[1] + view.crop[3] > info.width
     ):
@@ -278,20 +268,20 @@ def _block_frames(segment: VideoSegment, view: ViewConfig, episode: Episode) -> 
 
 
 def _decode_clips(
-    plan: CuratePlan, segments: dict[str, VideoSegment], blocks: list[list[_Clip]]
+    plan: CuratePlan, footages: dict[str, Footage], blocks: list[list[_Clip]]
 ) -> Iterator[tuple[_Clip, _Pixels | Exception]]:
     """The clips in order, each with its pixels or with the error that kept them away."""
     for block in blocks:
-        yield from zip(block, _decode_block(plan, segments, block), strict=True)
+        yield from zip(block, _decode_block(plan, footages, block), strict=True)
 
 
-def _decode_block(plan: CuratePlan, segments: dict[str, VideoSegment], block: list[_Clip]) -> list[_Pixels | Exception]:
+def _decode_block(plan: CuratePlan, footages: dict[str, Footage], block: list[_Clip]) -> list[_Pixels | Exception]:
     """A damaged spot costs only the clips that show it: the block is halved around it."""
     try:
         videos: list[_Pixels] = [{} for _ in block]
-        for view, segment in segments.items():
+        for view, footage in footages.items():
             wanted = np.unique(np.concatenate([clip.frames[view] for clip in block]))
-            pixels = prepare_view(decode_frames(segment.path, wanted.tolist()), plan.views[view])
+            pixels = prepare_view(footage.read(wanted.tolist()), plan.views[view])
             for video, clip in zip(videos, block, strict=True):
                 video[view] = pixels[np.searchsorted(wanted, clip.frames[view])]
         return list(videos)
@@ -299,7 +289,7 @@ def _decode_block(plan: CuratePlan, segments: dict[str, VideoSegment], block: li
         if len(block) == 1:
             return [error]
         half = len(block) // 2
-        return [*_decode_block(plan, segments, block[:half]), *_decode_block(plan, segments, block[half:])]
+        return [*_decode_block(plan, footages, block[:half]), *_decode_block(plan, footages, block[half:])]
 
 
 # --- the sample ---------------------------------------------------------------------------------------------------

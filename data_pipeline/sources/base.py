@@ -1,7 +1,7 @@
-"""What every raw format is turned into: episodes whose views point at video files, and the protocol of a reader.
+"""What every raw format is turned into: episodes whose views point at stored frames, and the protocol of a reader.
 
-An episode carries its small data (actions, proprio, instruction) but never pixels: a `VideoSegment` says where they
-are, so that an episode can travel between processes and the frames are decoded where they are used.
+An episode carries its small data (actions, proprio, instruction) but never pixels: a `Footage` says where they are, so
+that an episode can travel between processes and the frames are decoded where they are used.
 """
 
 from __future__ import annotations
@@ -9,18 +9,54 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
-from pydantic import Field
+from jaxtyping import Float64, Int64, UInt8
+from pydantic import Field, PositiveInt
 
 from configs.loader import StrictConfig
 
+from ..align import nearest_frames
 from ..embodiments import Embodiment
+from ..video_io import decode_frames, frame_indices_at, probe_video
+
+
+@dataclass(frozen=True)
+class FootageInfo:
+    """What the stored frames are, as they will come out of `Footage.read`."""
+
+    codec: str  # "h264 yuv420p", "jpeg", "uint8 array", …
+    height: int  # upright, square pixels
+    width: int
+    fps: float
+
+
+class Footage(Protocol):
+    """The frames that show one episode from one view, wherever they are stored. Small: it travels between processes.
+
+    `positions` and `read` raise `VideoError` where the file does not hold what it promised.
+    """
+
+    @property
+    def path(self) -> str:
+        """Of the file that holds them."""
+        ...
+
+    def info(self) -> FootageInfo: ...
+
+    def positions(self, times_s: Float64[np.ndarray, "f"], fps: float) -> Int64[np.ndarray, "f"]:
+        """Which stored frames are on screen at these times of the episode, whose rate is `fps`."""
+        ...
+
+    def read(self, positions: Sequence[int]) -> UInt8[np.ndarray, "f h w 3"]:
+        """The frames at these positions (any order, repeats allowed): RGB, upright, square pixels."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -32,6 +68,42 @@ class VideoSegment:
     num_frames: int | None
     start_frame: int | None  # index in the file, in presentation order; None: place frames by time (variable rate)
 
+    def info(self) -> FootageInfo:
+        video = probe_video(self.path)
+        return FootageInfo(f"{video.codec} {video.pix_fmt}", video.height, video.width, video.fps)
+
+    def positions(self, times_s: Float64[np.ndarray, "f"], fps: float) -> Int64[np.ndarray, "f"]:
+        if self.start_frame is not None:
+            return self.start_frame + nearest_frames(times_s, fps)
+        # No frame count to rely on (a variable rate): the file's own timestamps decide.
+        return frame_indices_at(self.path, self.start_s + times_s)
+
+    def read(self, positions: Sequence[int]) -> UInt8[np.ndarray, "f h w 3"]:
+        return decode_frames(self.path, positions)
+
+
+@dataclass(frozen=True)
+class StoredImages(ABC):
+    """Frames that a file holds one by one (JPEGs, rows of an array): a format says how to read them."""
+
+    path: str
+    num_frames: int
+    fps: float
+
+    @abstractmethod
+    def read(self, positions: Sequence[int]) -> UInt8[np.ndarray, "f h w 3"]: ...
+
+    @property
+    @abstractmethod
+    def codec(self) -> str: ...
+
+    def info(self) -> FootageInfo:
+        _, height, width, _ = self.read([0]).shape
+        return FootageInfo(self.codec, height, width, self.fps)
+
+    def positions(self, times_s: Float64[np.ndarray, "f"], fps: float) -> Int64[np.ndarray, "f"]:
+        return nearest_frames(times_s, fps).clip(max=self.num_frames - 1)
+
 
 @dataclass(frozen=True)
 class Episode:
@@ -40,7 +112,7 @@ class Episode:
     source: str
     episode_id: str  # unique in its source, [A-Za-z0-9_-] only
     uri: str  # where it came from, for people
-    views: dict[str, VideoSegment]
+    views: Mapping[str, Footage]
     fps: float
     num_frames: int
     actions: np.ndarray | None  # float32 [n a], raw physical units; row i is executed from time i/control_hz on
@@ -52,6 +124,7 @@ class Episode:
     licence: str | None
     content_sha256: str  # of the bytes it was read from: its video files and its rows
     repairs: tuple[str, ...] = ()  # sentences: what deviated from the format's specification and what was done
+    control_times_s: np.ndarray | None = None  # float64 [n] since the first frame, where control has its own clock
 
 
 class SourceError(Exception):
@@ -68,9 +141,8 @@ class SourceError(Exception):
 
 
 class SourceConfig(StrictConfig):
-    """One recording set. Everything a reader needs, small enough to travel with each unit of work."""
+    """One recording set; each format adds its `kind` and settings. Small enough to travel with each unit of work."""
 
-    kind: Literal["lerobot", "video_folder"] = Field(description="the raw format")
     path: Path = Field(description="folder of the recording set")
     name: str | None = Field(
         default=None, pattern=r"^[A-Za-z0-9_-]+$", description="name in keys and reports; default: the folder's name"
@@ -79,13 +151,10 @@ class SourceConfig(StrictConfig):
     instruction: str | None = Field(
         default=None, description="instruction for every episode, instead of the recorded one"
     )
-    view: str = Field(
-        default="main", pattern=r"^[A-Za-z0-9_-]+$", description="video_folder only: name of the view the files show"
+    view_map: dict[str, str] | None = Field(
+        default=None, description="recorded view name -> view name in the dataset; null: the same names"
     )
-    action_column: str | None = Field(default=None, description="lerobot only: column with the actions; default: found")
-    proprio_column: str | None = Field(
-        default=None, description="lerobot only: column with the proprio; default: found"
-    )
+    max_episodes: PositiveInt | None = Field(default=None, description="use only the first so many episodes")
     embodiment: Embodiment | None = Field(
         default=None, description="the robot's layout, where the recording's own description is missing or wrong"
     )

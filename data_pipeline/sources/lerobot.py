@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import Field
 
 from configs.loader import UserError
 
@@ -39,10 +40,18 @@ STANDARD_COLUMNS = ("timestamp", "frame_index", "episode_index", "index", "task_
 _SUCCESS_COLUMNS = ("next.success", "success")
 
 
+class LeRobotConfig(SourceConfig):
+    """A LeRobot dataset, v2.0 to v3.0."""
+
+    kind: Literal["lerobot"] = "lerobot"
+    action_column: str | None = Field(default=None, description="column with the actions; null: found")
+    proprio_column: str | None = Field(default=None, description="column with the proprio; null: found")
+
+
 class LeRobotSource:
     """Reads one dataset; episodes are called `episode_000012`."""
 
-    def __init__(self, config: SourceConfig) -> None:
+    def __init__(self, config: LeRobotConfig) -> None:
         self._config = config
         self.name = config.name or key_safe(config.path.resolve().name)
 
@@ -213,7 +222,7 @@ class _Columns:
         self.repairs: list[str] = []
 
 
-def _choose_columns(metadata: LeRobotMetadata, config: SourceConfig) -> _Columns:
+def _choose_columns(metadata: LeRobotMetadata, config: LeRobotConfig) -> _Columns:
     schema, first_row = _first_table(metadata)
     names = schema.names
     action = _pick(config.action_column, ACTION_COLUMNS, names, "action_column", metadata.root)

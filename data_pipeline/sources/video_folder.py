@@ -10,6 +10,9 @@ import json
 import os
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
 
 from configs.loader import UserError
 
@@ -20,12 +23,19 @@ from .base import Episode, SourceConfig, SourceError, VideoSegment, content_sha2
 CAPTION_KEYS = ("instruction", "caption", "text", "description", "label")
 
 
+class VideoFolderConfig(SourceConfig):
+    """Video files in a folder."""
+
+    kind: Literal["video_folder"] = "video_folder"
+    view: str = Field(default="main", pattern=r"^[A-Za-z0-9_-]+$", description="name of the view that the files show")
+
+
 class VideoFolderSource:
     """Reads a folder (or a single file) of mp4, mov, mkv, webm, avi, ts or m4v."""
 
     format_name = "video folder"
 
-    def __init__(self, config: SourceConfig) -> None:
+    def __init__(self, config: VideoFolderConfig) -> None:
         self._config = config
         self._root = config.path
         self.name = config.name or key_safe(

@@ -14,7 +14,7 @@ from data_pipeline.curate.clips import clip_key, clip_starts, motion_score
 from data_pipeline.curate.episode import CurateEpisode, CuratePlan, SourcePlan, curate_episode, view_name
 from data_pipeline.sample import Sample, validate
 from data_pipeline.shards import TarWriter
-from data_pipeline.sources import SourceConfig, open_source
+from data_pipeline.sources import FORMATS, LeRobotConfig, open_source
 from data_pipeline.staging import Staging
 from data_pipeline.video_io import ViewConfig, decode_clip
 from tests.data_pipeline.recordings import numbered_frames, read_numbers, write_lerobot_v21, write_video
@@ -29,13 +29,13 @@ def robot(tmp_path):
 
 
 def plan_for(tmp_path, path, kind="lerobot", view_map=None, **changes):
-    config = SourceConfig(kind=kind, path=path, name="lab")
+    config = FORMATS[kind].config(path=path, name="lab", view_map=view_map)
     source = open_source(config)
     settings = {"views": {"front": FRONT}, "num_frames": 5, "fps": 10.0, "stride": 4, "actions_per_frame": 1, "crf": 18}
     return CuratePlan(
         staging=tmp_path / "staging",
         run="test",
-        sources={"lab": SourcePlan(config=config, view_map=view_map, embodiment=source.embodiment())},
+        sources={"lab": SourcePlan(config=config, embodiment=source.embodiment())},
         **settings | changes,
     )
 
@@ -259,7 +259,7 @@ def test_an_episode_that_ends_its_worker_is_given_up(tmp_path, robot):
 def test_real_recordings(shared_data, tmp_path):
     """A robot of 26 dimensions in AV1, at a third of its rate."""
     path = Path(shared_data / "g1_real_lerobot_v21_trim")
-    source = open_source(SourceConfig(kind="lerobot", path=path, name="lab"))
+    source = open_source(LeRobotConfig(path=path, name="lab"))
     (view,) = source.read_episode(source.list_episodes()[0]).views
     views = {view_name(view): ViewConfig(height=48, width=64)}
     record, samples = curate(

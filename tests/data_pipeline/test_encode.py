@@ -8,7 +8,7 @@ from data_pipeline.curate.episode import CurateEpisode, CuratePlan, SourcePlan
 from data_pipeline.encode import EncodeEpisode, EncodePlan, measure_codec, prepare_codec
 from data_pipeline.encoders import HashedTextEncoder, VideoCodecConfig, load_video_codec
 from data_pipeline.sample import read_tensor, validate
-from data_pipeline.sources import SourceConfig, open_source
+from data_pipeline.sources import LeRobotConfig, open_source
 from data_pipeline.staging import Staging
 from data_pipeline.video_io import ViewConfig, decode_clip
 from tests.data_pipeline.recordings import write_lerobot_v21
@@ -18,12 +18,12 @@ from tests.data_pipeline.test_encoders_wan import write_vae
 @pytest.fixture
 def staging(tmp_path):
     """The first episode of a tiny robot, curated; and a text encoder."""
-    config = SourceConfig(kind="lerobot", path=write_lerobot_v21(tmp_path / "robot", lengths=(12,)), name="lab")
+    config = LeRobotConfig(path=write_lerobot_v21(tmp_path / "robot", lengths=(12,)), name="lab")
     source = open_source(config)
     plan = CuratePlan(
         staging=tmp_path / "staging",
         run="test",
-        sources={"lab": SourcePlan(config=config, view_map=None, embodiment=source.embodiment())},
+        sources={"lab": SourcePlan(config=config, embodiment=source.embodiment())},
         views={"front": ViewConfig(height=32, width=48)},
         num_frames=5,
         fps=10.0,

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from configs.loader import UserError
 from data_pipeline.embodiments import Embodiment
-from data_pipeline.sources import Episode, Source, SourceConfig, SourceError, open_source
+from data_pipeline.sources import Episode, LeRobotConfig, Source, SourceError, open_source
 from data_pipeline.video_io import decode_at_times, decode_frames
 from tests.data_pipeline.recordings import (
     FPS,
@@ -35,7 +35,7 @@ FRONT = "observation.images.front"
 
 
 def open_lerobot(path: Path, **settings: Any) -> Source:
-    return open_source(SourceConfig(kind="lerobot", path=path, **settings))
+    return open_source(LeRobotConfig(path=path, **settings))
 
 
 def read_all(source: Source) -> list[Episode]:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from configs.loader import UserError
-from data_pipeline.sources import Source, SourceConfig, SourceError, detect_kind, open_source
+from data_pipeline.sources import Source, SourceError, VideoFolderConfig, detect_kind, open_source
 from data_pipeline.video_io import decode_frames
 from tests.data_pipeline.recordings import (
     FPS,
@@ -18,7 +18,7 @@ from tests.data_pipeline.recordings import (
 
 
 def open_folder(path: Path, **settings: Any) -> Source:
-    return open_source(SourceConfig(kind="video_folder", path=path, **settings))
+    return open_source(VideoFolderConfig(path=path, **settings))
 
 
 @pytest.fixture

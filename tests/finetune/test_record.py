@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs.loader import UserError, load_config
-from data_pipeline.sources import SourceConfig
+from data_pipeline.sources import LeRobotConfig
 from data_pipeline.sources.lerobot import LeRobotSource
 from data_pipeline.video_io import decode_frames, probe_video
 from finetune.record import RecordConfig, Rollout, action_free_rollouts, expert_rollouts, main
@@ -53,7 +53,7 @@ def rollouts(recording: RecordConfig) -> list[Rollout]:
 
 
 def test_the_reader_gives_back_what_was_recorded(recording: RecordConfig, rollouts: list[Rollout]):
-    source = LeRobotSource(SourceConfig(kind="lerobot", path=recording.output / "demonstrations"))
+    source = LeRobotSource(LeRobotConfig(path=recording.output / "demonstrations"))
     episodes = [source.read_episode(episode_id) for episode_id in source.list_episodes()]
     assert len(episodes) == 3
     robot = source.embodiment()

@@ -67,7 +67,15 @@ if __name__ == "__main__":
 """)
     pid_file = tmp_path / "pid"
     command = [sys.executable, "-m", "toy", f"path={pid_file}"]
-    toy = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    toy = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # As a terminal starts it: where the tests run in the background, a shell has told them to ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     while not (pid_file.exists() and pid_file.read_text()):
         time.sleep(0.05)
     if ask == "kill":
