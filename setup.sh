@@ -11,7 +11,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 VENV=.venv
-EXTRAS=data,train,sim,dev
+EXTRAS=data,ros,captions,similarity,train,sim,dev
 
 fail() { # said on one line, before anything slow
     echo "setup: $*" >&2

@@ -36,7 +36,14 @@ ONLY_IN = {
 
 # Whoever unpickles a file runs the file.
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
-DISTRIBUTIONS = {"PIL": "pillow", "pydantic_core": "pydantic", "yaml": "pyyaml"}  # where pip's name differs
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "cv2": "opencv_python_headless",
+    "faiss": "faiss_cpu",
+    "pydantic_core": "pydantic",
+    "scenedetect": "scenedetect_headless",
+    "yaml": "pyyaml",
+}  # where pip's name differs
 VAGUE_NAMES = {"utils", "util", "helpers", "misc"}
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 80
