@@ -1,33 +1,29 @@
 """Build a dataset: sources -> curated, aligned, encoded WebDataset shards with manifest, norm stats and report.
 
-Runs on Ray, on this machine or on a cluster. A build that was killed continues where it was when started again with
-the same config; a finished one says so. The same recordings and config give the same bytes.
+Runs on Ray, on this machine or on a cluster. The same recordings and config give the same bytes, however often the
+build was killed, whatever was there before and however many workers took part. Two phases: *curate* and *encode* work
+episode by episode into `<out>.staging`, where everything says what it was made from, so that a build that is started
+again does only what is missing or has changed; *pack* then writes the dataset from what was accepted.
+
+As a job array: give every task the same config and its own `partition=i/n`. Tasks may run at once, on machines that see
+the same files, and may be repeated; whichever is the last to end packs.
 """
 
-import fcntl
 import functools
-import hashlib
-import importlib.metadata
-import json
 import logging
 import os
 import shutil
 import time
-import tomllib
-import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, StringConstraints, field_validator
-
-from configs.loader import StrictConfig, UserError, run_command
+from configs.loader import UserError, dump_config, run_command
 
 from . import preview, ray_job
-from .align import actions_per_frame
-from .curate.episode import CurateEpisode, CuratePlan, SourcePlan, view_name
+from .build_config import HOW_IT_IS_RUN, BuildConfig, parse_partition
+from .curate.episode import CurateEpisode, CuratePlan
 from .dataset import (
     CODEC,
     DATASET_YAML,
@@ -39,279 +35,236 @@ from .dataset import (
     SourceInfo,
     Split,
     TextEncoderInfo,
+    code_version,
     read_info,
 )
 from .embodiments import Embodiment
-from .encode import MAX_FIT_CLIPS, MAX_PSNR_CLIPS, ClipRef, EncodeEpisode, EncodePlan, prepare_codec
-from .encoders import (
-    TEMPORAL_STRIDE,
-    TextEncoderConfig,
-    VideoCodecConfig,
-    WanCodec,
-    create_text_encoder,
-    find_model_folder,
+from .encode import (
+    MAX_FIT_CLIPS,
+    MAX_PSNR_CLIPS,
+    ClipRef,
+    EncodeEpisode,
+    EncodePlan,
+    encoders_identity,
+    open_frozen_codec,
+    prepare_codec,
+    stage_encoder,
 )
+from .encoders import create_text_encoder
 from .one_thread import one_thread
 from .pack import assign_splits, count, pack
 from .progress import track
-from .sample import SCHEMA_VERSION, VIEW_NAME
+from .resolve import check_encoders, open_sources, resolve, staging_folder
+from .sample import SCHEMA_VERSION
 from .shards import write_atomic
-from .sources import AnySourceConfig, Source, SourceError, open_source
-from .staging import EpisodeRecord, Staging
-from .video_io import ViewConfig
+from .staging import BusyError, EpisodeRecord, PartitionRecord, Staging, digest, read_record
 
 logger = logging.getLogger(__name__)
 
-SourceName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
+Listing = Mapping[str, Sequence[str]]
+"""Source -> its episodes."""
 
-
-class BuildConfig(StrictConfig):
-    """What to build from what."""
-
-    sources: dict[SourceName, AnySourceConfig] = Field(min_length=1, description="The recording sets, by name.")
-    out: Path = Field(description="The dataset folder to write; `<out>.staging` holds the work in progress.")
-
-    views: dict[str, ViewConfig] | None = Field(
-        None, description="The dataset's views; null: all views of the first source, at `height` x `width`."
-    )
-    height: PositiveInt = Field(64, description="Of every view, where `views` is null.")
-    width: PositiveInt = Field(64, description="Of every view, where `views` is null.")
-    clip_frames: PositiveInt = Field(17, description="Frames per clip: 5, 9, 13, 17, …")
-    stride: PositiveInt | None = Field(
-        None,
-        description="Frames from one clip's start to the next; null: clip_frames - 1, so each action is in one clip.",
-    )
-    fps: PositiveFloat | None = Field(None, description="Of the clips; null: the first action-labelled source's own.")
-    actions_per_frame: PositiveInt | None = Field(
-        None,
-        le=1000,
-        description="Actions from one frame to the next; null: what comes nearest to the robot's control rate.",
-    )
-    validation_share: float = Field(0.1, ge=0, le=0.9, description="Share of episodes held out, chosen by hash.")
-    crf: int = Field(18, ge=0, le=51, description="H.264 quality of the stored clips; lower is better and larger.")
-    codec: VideoCodecConfig = VideoCodecConfig()
-    text_encoder: TextEncoderConfig = TextEncoderConfig()
-    max_shard_mb: PositiveInt = Field(256, description="Size of a shard, unless one sample is larger.")
-
-    # How it is run: not part of what is built.
-    num_workers: PositiveInt | None = Field(None, description="Worker processes; null: one per CPU core.")
-    gpus: NonNegativeInt = Field(0, description="GPUs for encoding, one worker each; 0: encode on the CPU.")
-    ray_address: str | None = Field(None, description="Of a Ray cluster that sees the same files; null: this machine.")
-    object_store_mb: PositiveInt = Field(128, description="Ray's shared memory on this machine; rows are tiny.")
-    overwrite: bool = Field(False, description="Replace a dataset or an interrupted build of another config.")
-
-    @field_validator("clip_frames")
-    @classmethod
-    def _fits_the_codecs(cls, frames: int) -> int:
-        if frames < 1 + TEMPORAL_STRIDE or (frames - 1) % TEMPORAL_STRIDE:
-            raise ValueError("the video codecs take 5, 9, 13, 17, … frames")
-        return frames
-
-    @field_validator("views")
-    @classmethod
-    def _names_fit_the_shards(cls, views: dict[str, ViewConfig] | None) -> dict[str, ViewConfig] | None:
-        if views is not None and not views:
-            raise ValueError("give at least one view, or null for all views of the first source")
-        for name in views or ():
-            if not VIEW_NAME.fullmatch(name):
-                raise ValueError(
-                    f"view name {name!r}: lower-case letters, digits, _ and - only (a shard's member names)"
-                )
-        return views
-
-
-HOW_IT_IS_RUN = {"out", "num_workers", "gpus", "ray_address", "object_store_mb", "overwrite"}
+MIN_FOUND_TO_STOP = 1000
+"""Clips found before the share of rejected ones says anything about those still to come."""
 
 
 def main(config: BuildConfig) -> int:
-    started = time.monotonic()
-    sources, listing = _open_sources(config)
-    build = _identity(config)
-    inputs = {name: _source_info(episodes) for name, episodes in listing.items()}
-    if _is_up_to_date(config, build, inputs):
-        logger.info("%s is up to date: the same config over the same recordings built it", config.out)
+    sources, listing = open_sources(config)
+    if _is_there_without_staging(config, listing):
+        logger.info("%s is up to date: the same config over the same episodes built it", config.out)
         return 0
-    plan = _resolve(config, sources, listing)
-    _check_encoders(config, plan.views)
-
-    staging = Staging(plan.staging)
-    with _exclusive(plan.staging):
-        _start_or_continue(config, staging, {"build": build, "sources": _plain(inputs)})
-        num_workers = config.num_workers or os.cpu_count() or 1
-        with ray_job.ray_session(config.ray_address, num_workers, config.object_store_mb):
-            ray_job.check_gpus(config.gpus)
-            records = _curate(plan, staging, listing, num_workers)
-            counts = count(records)
-            if not counts.accepted:
-                shutil.rmtree(staging.root)  # there is nothing in it to go on from
-                raise _nothing_accepted(records, counts)
-            splits = assign_splits(records, config.validation_share)
-            codec = _prepare_codec(config, staging, records, splits)
-            text_encoder = _prepare_text_encoder(config, staging)
-            _encode(config, staging, records, num_workers)
-        info = DatasetInfo(
-            schema_version=SCHEMA_VERSION,
-            code_version=code_version(),
-            num_frames=plan.num_frames,
-            fps=plan.fps,
-            actions_per_frame=plan.actions_per_frame,
-            control_hz=plan.fps * plan.actions_per_frame,
-            views=plan.views,
-            embodiments=_used_embodiments(plan, records),
-            codec=codec,
-            text_encoder=text_encoder,
-            counts=counts,
-            sources=inputs,
-            build=build,
-        )
-        _pack(config, staging, records, splits, info)
-    logger.info(
-        "%s: %d clips of %d found (%d rejected), %.0f s; look at %s",
-        config.out,
-        counts.accepted,
-        counts.found,
-        counts.rejected,
-        time.monotonic() - started,
-        config.out / "report.html",
-    )
+    plan = resolve(config, sources, listing)
+    check_encoders(config, plan.views)
+    build = Build(config, plan, listing)
+    # The tasks of a job array share the folder; a plain build has it to itself.
+    with (
+        build.staging.locked("build", is_shared=config.partition is not None),
+        ray_job.ray_session(config.ray_address, build.num_workers, config.object_store_mb),
+    ):
+        ray_job.check_gpus(config.gpus)
+        if config.partition is not None:
+            build.run_partition(*parse_partition(config.partition))
+        else:
+            build.curate(build.rows)
+            build.finish()
     return 0
 
 
-def code_version() -> str:
-    try:
-        return importlib.metadata.version("foresight-wam")
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
-        return tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["version"]
+class Build:
+    """One start of a build, with all choices made."""
 
+    def __init__(self, config: BuildConfig, plan: CuratePlan, listing: Listing) -> None:
+        self.config = config
+        self.plan = plan
+        self.listing = listing
+        self.staging = Staging(plan.staging)
+        self.num_workers = config.num_workers or os.cpu_count() or 1
+        self.rows = [{"source": name, "episode": episode} for name in sorted(listing) for episode in listing[name]]
+        self.started = time.monotonic()
+        self._new_video_s = plan.stride / plan.fps  # that a clip adds to the one before
 
-# --- what is to be built ------------------------------------------------------------------------------------------
-
-
-def _identity(config: BuildConfig) -> dict[str, Any]:
-    """The part of the config that the bytes follow from."""
-    return config.model_dump(mode="json", exclude=HOW_IT_IS_RUN)
-
-
-def _plain(inputs: Mapping[str, SourceInfo]) -> dict[str, Any]:
-    return {name: one.model_dump() for name, one in inputs.items()}
-
-
-def _open_sources(config: BuildConfig) -> tuple[dict[str, Source], dict[str, list[str]]]:
-    sources: dict[str, Source] = {}
-    listing: dict[str, list[str]] = {}
-    for name, source in config.sources.items():
-        if source.name not in (None, name):
-            raise UserError(f"sources.{name}.name={source.name}: a source is named by its key; leave `name` out.")
-        sources[name] = open_source(_reader_config(name, source))
-        listing[name] = sources[name].list_episodes()[: source.max_episodes]
-        if not listing[name]:
-            raise UserError(f"sources.{name}: {source.path} holds no episodes; check the path.")
-    return sources, listing
-
-
-def _reader_config(name: str, source: AnySourceConfig) -> AnySourceConfig:
-    """What travels to the workers: absolute, because a worker's folder may be another."""
-    return source.model_copy(update={"name": name, "path": source.path.absolute()})
-
-
-def _source_info(episodes: Sequence[str]) -> SourceInfo:
-    digest = hashlib.sha256("\n".join(episodes).encode()).hexdigest()
-    return SourceInfo(episodes=len(episodes), listing_sha256=digest)
-
-
-def _resolve(config: BuildConfig, sources: Mapping[str, Source], listing: Mapping[str, list[str]]) -> CuratePlan:
-    """Settles what the config leaves open, from the sources themselves."""
-    embodiments = {name: source.embodiment() for name, source in sources.items()}
-    _check_embodiments(embodiments)
-    labelled = [name for name, embodiment in embodiments.items() if embodiment is not None]
-    main_source = labelled[0] if labelled else next(iter(sources))
-    fps = config.fps or _first_readable(sources[main_source], listing[main_source]).fps
-    control_hz = next((e.control_hz for e in embodiments.values() if e is not None), fps)
-    return CuratePlan(
-        staging=config.out.absolute().with_name(config.out.name + ".staging"),
-        run=uuid.uuid4().hex,
-        sources={
-            name: SourcePlan(config=_reader_config(name, source), embodiment=embodiments[name])
-            for name, source in config.sources.items()
-        },
-        views=config.views or _views_of_first_source(config, sources, listing),
-        num_frames=config.clip_frames,
-        fps=fps,
-        stride=config.stride or config.clip_frames - 1,
-        actions_per_frame=config.actions_per_frame or actions_per_frame(control_hz, fps),
-        crf=config.crf,
-    )
-
-
-def _first_readable(source: Source, episodes: Iterable[str]) -> Any:
-    error: SourceError | None = None
-    for episode_id in episodes:
+    def run_partition(self, index: int, num_parts: int) -> None:
+        """A share of the episodes; and all that comes after, once every share is done."""
+        made_from = digest([self.plan.identity(name) for name in sorted(self.listing)], self.rows)
+        rows = self.rows[index::num_parts]
+        with self.staging.locked(f"partition-{index}-of-{num_parts}"):
+            self.curate(rows)
+            codec = open_frozen_codec(self.config.codec)
+            if codec is not None:  # one that is fitted to all clips cannot encode any yet
+                stage_encoder(self.staging, codec, self.staging.codec)
+                text_encoder = self._stage_text_encoder()
+                self._encode(self._records(rows), encoders_identity(codec, text_encoder))
+            marker = PartitionRecord(made_from=made_from).model_dump_json()
+            write_atomic(self.staging.partition(index, num_parts), marker.encode())
+        others = [read_record(self.staging.partition(i, num_parts), PartitionRecord) for i in range(num_parts)]
+        num_missing = sum(record is None or record.made_from != made_from for record in others)
+        if num_missing:
+            logger.info("part %d of %d is done; %d are still missing", index, num_parts, num_missing)
+            return
         try:
-            return source.read_episode(episode_id)
-        except SourceError as one:
-            error = error or one
-    assert error is not None
-    raise UserError(
-        f"source {source.name}: none of its episodes can be read, the first because of {error.reason} "
-        f"({error.where}: {error.detail}); `python -m data_pipeline.doctor` lists what is wrong with it."
-    )
+            with self.staging.locked("pack"):
+                self.finish()
+        except BusyError:
+            logger.info("part %d of %d is done; another task packs", index, num_parts)
 
+    def curate(self, rows: Sequence[dict[str, str]]) -> None:
+        """Cuts, filters and aligns these episodes, except those that are staged as they would come out now."""
+        results = ray_job.map_rows(rows, functools.partial(CurateEpisode, self.plan), self.num_workers)
+        found = rejected = num_kept = 0
+        for result in track(results, len(rows), "curate", lambda row: row["new_clips"], clip_s=self._new_video_s):
+            found, rejected = found + result["found"], rejected + result["found"] - result["accepted"]
+            num_kept += result["was_kept"]
+            if found >= MIN_FOUND_TO_STOP:
+                self._check_share(found, rejected)
+        if num_kept:
+            logger.info("curate: %d of %d episodes are as they were, their clips were kept", num_kept, len(rows))
 
-def _views_of_first_source(
-    config: BuildConfig, sources: Mapping[str, Source], listing: Mapping[str, list[str]]
-) -> dict[str, ViewConfig]:
-    name, source = next(iter(sources.items()))
-    recorded = _first_readable(source, listing[name]).views
-    view_map = config.sources[name].view_map or {view: view_name(view) for view in recorded}
-    names = [view_map[view] for view in recorded if view in view_map]
-    if not names or len(set(names)) < len(names):
-        raise UserError(
-            f"sources.{name}: its views {', '.join(recorded) or '(none)'} cannot be told apart by name; "
-            "set `views` and `view_map`."
+    def finish(self) -> None:
+        """Everything after curation: encoders, latents, shards."""
+        config, records = self.config, self._records(self.rows)
+        counts = count(records)
+        if not counts.accepted:
+            raise _nothing_accepted(records, counts)
+        self._check_share(counts.found, counts.rejected)
+        splits = assign_splits(records, config.validation_share)
+        codec = self._prepare_codec(records, splits)
+        text_encoder = self._stage_text_encoder()
+        self._encode(records, encoders_identity(codec, text_encoder))
+        info = DatasetInfo(
+            schema_version=SCHEMA_VERSION,
+            code_version=code_version(),
+            num_frames=self.plan.num_frames,
+            fps=self.plan.fps,
+            actions_per_frame=self.plan.actions_per_frame,
+            control_hz=self.plan.fps * self.plan.actions_per_frame,
+            views=self.plan.views,
+            embodiments=self._used_embodiments(records),
+            codec=codec,
+            text_encoder=text_encoder,
+            counts=counts,
+            sources=self._source_infos(records),
+            build=build_identity(config),
         )
-    return {view: ViewConfig(height=config.height, width=config.width) for view in names}
+        if _is_there(config.out, info):
+            logger.info("%s is up to date: the same config over the same recordings built it", config.out)
+        else:
+            self._pack(records, splits, info)
+            self._log_end(counts)
+        self._tidy()
 
+    # --- steps ----------------------------------------------------------------------------------------------------
 
-def _check_embodiments(embodiments: Mapping[str, Embodiment | None]) -> None:
-    seen: dict[str, tuple[str, Embodiment]] = {}
-    for source, embodiment in embodiments.items():
-        if embodiment is None:
-            continue
-        other, known = seen.setdefault(embodiment.name, (source, embodiment))
-        if (known.action_names, known.proprio_names) != (embodiment.action_names, embodiment.proprio_names):
+    def _records(self, rows: Sequence[dict[str, str]]) -> list[EpisodeRecord]:
+        return [self.staging.read_curated(**row) for row in rows]
+
+    def _check_share(self, found: int, rejected: int) -> None:
+        if rejected > self.config.max_rejected_fraction * found:
             raise UserError(
-                f"sources {other} and {source} both call their robot {embodiment.name!r}, but its actions or proprio "
-                f"are laid out differently; give sources.{source}.embodiment another name."
+                f"{rejected} of the {found} clips found so far cannot be used, more than max_rejected_fraction="
+                f"{self.config.max_rejected_fraction:g} allows; `python -m data_pipeline.doctor` says what is wrong "
+                f"with a source. What is done is kept in {self.staging.root}."
             )
 
+    def _prepare_codec(self, records: Sequence[EpisodeRecord], splits: Mapping[str, Split]) -> CodecInfo:
+        train, validation = (_clips_by_key(records, splits, one) for one in SPLITS)
+        split: Split = "validation" if validation else "train"
+        fit, measure = train[:MAX_FIT_CLIPS], (validation or train)[:MAX_PSNR_CLIPS]
+        return prepare_codec(self.staging, self.config.codec, fit, measure, split)
 
-def _used_embodiments(plan: CuratePlan, records: Sequence[EpisodeRecord]) -> dict[str, Embodiment]:
-    used = {record.embodiment for record in records if record.clips}
-    known = {s.embodiment.name: s.embodiment for s in plan.sources.values() if s.embodiment is not None}
-    return {name: known[name] for name in sorted(known) if name in used}
+    def _stage_text_encoder(self) -> TextEncoderInfo:
+        encoder = create_text_encoder(self.config.text_encoder)
+        stage_encoder(self.staging, encoder, self.staging.text_encoder)
+        return TextEncoderInfo(name=encoder.name, weight_hash=encoder.weight_hash, width=encoder.width)
 
+    def _encode(self, records: Sequence[EpisodeRecord], encoders: str) -> None:
+        plan = EncodePlan(staging=self.staging.root, use_gpu=self.config.gpus > 0, encoders=encoders)
+        rows = []
+        for record in records:
+            staged = self.staging.find_encoded(record.source, record.episode)
+            if record.clips and (staged is None or staged.made_from != plan.identity(record)):
+                rows.append({"source": record.source, "episode": record.episode})
+        gpus = self.config.gpus
+        results = ray_job.map_rows(
+            rows, functools.partial(EncodeEpisode, plan), gpus or self.num_workers, gpus_each=1 if gpus else 0
+        )
+        for _ in track(results, len(rows), "encode", lambda result: result["clips"], clip_s=self._new_video_s):
+            pass
 
-def _check_encoders(config: BuildConfig, views: Mapping[str, ViewConfig]) -> None:
-    """Before hours of work rather than after: weights that are not there, sizes that the codec cannot take."""
-    stride = config.codec.patch
-    if config.codec.kind == "wan":
-        assert config.codec.folder is not None  # the config's validator has seen to it
-        stride = WanCodec(config.codec.folder, config.codec.dtype).spatial_stride
-    for name, view in views.items():
-        step = stride if stride % 2 == 0 else 2 * stride  # H.264 in 4:2:0 takes even sizes only
-        if view.height % step or view.width % step:
-            raise UserError(
-                f"view {name} is {view.height}x{view.width} pixels, but codec {config.codec.kind} needs multiples of "
-                f"{step}; change the view's height and width."
+    def _used_embodiments(self, records: Sequence[EpisodeRecord]) -> dict[str, Embodiment]:
+        used = {record.embodiment for record in records if record.clips}
+        known = [source.embodiment for source in self.plan.sources.values() if source.embodiment is not None]
+        return {one.name: one for one in sorted(known, key=lambda one: one.name) if one.name in used}
+
+    def _source_infos(self, records: Sequence[EpisodeRecord]) -> dict[str, SourceInfo]:
+        return {
+            name: SourceInfo(
+                episodes=len(episodes),
+                listing_sha256=digest(list(episodes)),
+                content_sha256=digest([one.model_dump(mode="json") for one in records if one.source == name]),
             )
-    if config.text_encoder.folder is not None:
-        find_model_folder(config.text_encoder.folder, "text_encoder")
+            for name, episodes in self.listing.items()
+        }
+
+    def _pack(self, records: Sequence[EpisodeRecord], splits: dict[str, Split], info: DatasetInfo) -> None:
+        """The dataset appears under its name complete or not at all; a dataset that it replaces stays until then."""
+        staging, out = self.staging, self.config.out
+        shutil.rmtree(staging.packed, ignore_errors=True)
+        with one_thread():
+            folder = pack(staging, records, splits, info, self.config.max_shard_mb)
+            shutil.copytree(staging.codec, folder / CODEC)
+            shutil.copytree(staging.text_encoder, folder / TEXT_ENCODER)
+            preview.write_report(folder)
+        replaced = staging.root / "replaced"
+        if out.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.replace(out, replaced)
+        os.replace(folder, out)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def _tidy(self) -> None:
+        if self.config.keep_staging:
+            self.staging.keep_only({name: set(episodes) for name, episodes in self.listing.items()})
+        else:
+            shutil.rmtree(self.staging.root)
+
+    def _log_end(self, counts: Counts) -> None:
+        out, seconds = self.config.out, time.monotonic() - self.started
+        logger.info(
+            "%s: %d clips of %d found (%d rejected), %.0f s; look at %s",
+            *(out, counts.accepted, counts.found, counts.rejected, seconds, out / "report.html"),
+        )
 
 
 # --- what is there already ----------------------------------------------------------------------------------------
 
 
-def _is_up_to_date(config: BuildConfig, build: dict[str, Any], inputs: Mapping[str, SourceInfo]) -> bool:
+def build_identity(config: BuildConfig) -> dict[str, Any]:
+    """The part of the config that the bytes follow from."""
+    return config.model_dump(mode="json", exclude=HOW_IT_IS_RUN)
+
+
+def _is_there_without_staging(config: BuildConfig, listing: Listing) -> bool:
+    """Whether the dataset is there and nothing else tells whether it is out of date: its episodes' names have to do."""
     out = config.out
     if not (out / DATASET_YAML).is_file():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -319,68 +272,24 @@ def _is_up_to_date(config: BuildConfig, build: dict[str, Any], inputs: Mapping[s
         return False
     if config.overwrite:
         return False
-    info = read_info(out)
-    changed = _changed_keys(info.build, build)
-    if not changed and info.sources == inputs:
-        return True
-    what = f"another config ({', '.join(changed)} changed)" if changed else "other recordings (episodes came or went)"
-    raise UserError(
-        f"{out}: holds a dataset built from {what}; choose another `out`, or replace it with overwrite=true."
-    )
+    info, build = read_info(out), build_identity(config)
+    changed = sorted(key for key in info.build.keys() | build.keys() if info.build.get(key) != build.get(key))
+    if changed:
+        raise UserError(
+            f"{out}: holds a dataset built from another config ({', '.join(changed)} changed); choose another `out`, "
+            "or replace it with overwrite=true."
+        )
+    names = {name: (len(episodes), digest(list(episodes))) for name, episodes in listing.items()}
+    is_same = names == {name: (one.episodes, one.listing_sha256) for name, one in info.sources.items()}
+    return is_same and not staging_folder(out).exists()
 
 
-def _changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    return sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+def _is_there(out: Path, info: DatasetInfo) -> bool:
+    path = out / DATASET_YAML
+    return path.is_file() and path.read_text(encoding="utf-8") == dump_config(info)
 
 
-def _start_or_continue(config: BuildConfig, staging: Staging, identity: dict[str, Any]) -> None:
-    identity = identity | {"schema_version": SCHEMA_VERSION, "code_version": code_version()}
-    if staging.build_json.is_file():
-        if json.loads(staging.build_json.read_text()) == json.loads(json.dumps(identity)):
-            logger.info("continuing the interrupted build in %s", staging.root)
-            return
-        if not config.overwrite:
-            raise UserError(
-                f"{staging.root}: holds an interrupted build of another config or of other recordings; finish that one "
-                f"(its config is in {staging.build_json.name}), or drop it with overwrite=true."
-            )
-    for path in staging.root.iterdir():
-        if path.name != LOCK_NAME:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    write_atomic(staging.build_json, json.dumps(identity, indent=1).encode())
-
-
-LOCK_NAME = "lock"
-
-
-@contextmanager
-def _exclusive(folder: Path) -> Iterator[None]:
-    """One build at a time per staging folder. The lock goes with its process, however that ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK_NAME).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{folder}: another build is at work there; wait for it or choose another `out`.") from None
-        yield
-
-
-# --- the stages ---------------------------------------------------------------------------------------------------
-
-
-def _curate(
-    plan: CuratePlan, staging: Staging, listing: Mapping[str, list[str]], num_workers: int
-) -> list[EpisodeRecord]:
-    todo = [
-        {"source": source, "episode": episode}
-        for source, episodes in listing.items()
-        for episode in episodes
-        if not staging.is_curated(source, episode)
-    ]
-    results = ray_job.map_rows(todo, functools.partial(CurateEpisode, plan), num_workers)
-    for _ in track(results, len(todo), "curate", lambda result: result["accepted"]):
-        pass
-    return [staging.read_curated(source, episode) for source in sorted(listing) for episode in listing[source]]
+# --- the clips ---------------------------------------------------------------------------------------------------
 
 
 def _nothing_accepted(records: Sequence[EpisodeRecord], counts: Counts) -> UserError:
@@ -393,17 +302,6 @@ def _nothing_accepted(records: Sequence[EpisodeRecord], counts: Counts) -> UserE
     )
 
 
-def _prepare_codec(
-    config: BuildConfig, staging: Staging, records: Sequence[EpisodeRecord], splits: Mapping[str, Split]
-) -> CodecInfo:
-    if staging.codec_json.is_file():
-        return CodecInfo.model_validate_json(staging.codec_json.read_bytes())
-    logger.info("codec: %s", "fitting it to the training clips" if config.codec.kind == "embedded" else "opening it")
-    train, validation = (_clips_by_key(records, splits, one) for one in SPLITS)
-    split: Split = "validation" if validation else "train"
-    return prepare_codec(staging, config.codec, train[:MAX_FIT_CLIPS], (validation or train)[:MAX_PSNR_CLIPS], split)
-
-
 def _clips_by_key(records: Sequence[EpisodeRecord], splits: Mapping[str, Split], split: Split) -> list[ClipRef]:
     """In the order of their keys, which are hashes: the first so many are a fair draw."""
     placed = [
@@ -413,44 +311,6 @@ def _clips_by_key(records: Sequence[EpisodeRecord], splits: Mapping[str, Split],
         for position, clip in enumerate(record.clips)
     ]
     return [(source, episode, position) for _, source, episode, position in sorted(placed)]
-
-
-def _prepare_text_encoder(config: BuildConfig, staging: Staging) -> TextEncoderInfo:
-    encoder = create_text_encoder(config.text_encoder)
-    encoder.save(staging.text_encoder)
-    return TextEncoderInfo(name=encoder.name, weight_hash=encoder.weight_hash, width=encoder.width)
-
-
-def _encode(config: BuildConfig, staging: Staging, records: Sequence[EpisodeRecord], num_workers: int) -> None:
-    todo = [
-        {"source": record.source, "episode": record.episode}
-        for record in records
-        if record.clips and not staging.is_encoded(record.source, record.episode)
-    ]
-    make_worker = functools.partial(EncodeEpisode, EncodePlan(staging=staging.root, use_gpu=config.gpus > 0))
-    results = ray_job.map_rows(todo, make_worker, config.gpus or num_workers, gpus_each=1 if config.gpus else 0)
-    for _ in track(results, len(todo), "encode", lambda result: result["clips"]):
-        pass
-
-
-def _pack(
-    config: BuildConfig,
-    staging: Staging,
-    records: Sequence[EpisodeRecord],
-    splits: dict[str, Split],
-    info: DatasetInfo,
-) -> None:
-    """The dataset appears under its name complete or not at all; a dataset that it replaces stays until then."""
-    shutil.rmtree(staging.packed, ignore_errors=True)
-    with one_thread():
-        folder = pack(staging, records, splits, info, config.max_shard_mb)
-        shutil.copytree(staging.codec, folder / CODEC)
-        shutil.copytree(staging.text_encoder, folder / TEXT_ENCODER)
-        preview.write_report(folder)
-    if config.out.exists():
-        os.replace(config.out, staging.root / f"replaced-{time.time_ns()}")
-    os.replace(folder, config.out)
-    shutil.rmtree(staging.root)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@
   report.html
 """
 
+import importlib.metadata
 import json
+import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,6 +107,7 @@ class Counts(StrictConfig):
 class SourceInfo(StrictConfig):
     episodes: int
     listing_sha256: str = Field(description="Of the episode ids: tells whether recordings were added or removed.")
+    content_sha256: str = Field(description="Of what became of every episode: tells whether anything else changed.")
 
 
 class DatasetInfo(StrictConfig):
@@ -146,6 +149,13 @@ class NormStats(StrictConfig):
 
     embodiments: dict[str, ControlStats]
     latents: LatentStatistics
+
+
+def code_version() -> str:
+    try:
+        return importlib.metadata.version("foresight-wam")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["version"]
 
 
 def bucket_name(view: ViewConfig, num_frames: int) -> str:

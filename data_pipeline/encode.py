@@ -4,7 +4,9 @@ The video is decoded from the mp4 that the dataset holds, not from the recording
 agree to the pixel. Each clip is encoded alone, so that its bytes depend on no other clip.
 """
 
+import logging
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -12,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from configs.loader import StrictConfig, UserError
 
-from .dataset import CodecInfo, Split
+from .dataset import CodecInfo, Split, TextEncoderInfo
 from .encoders import (
     EmbeddedCodec,
     T5TextEncoder,
@@ -29,9 +32,20 @@ from .encoders import (
 from .one_thread import one_thread
 from .sample import SampleMeta, tensor_bytes
 from .shards import TarWriter, tar_records, write_atomic
-from .staging import EncodedRecord, Staging, write_record
+from .staging import (
+    EncodedRecord,
+    EpisodeRecord,
+    StagedCodec,
+    Staging,
+    digest,
+    forget_record,
+    read_record,
+    write_record,
+)
 from .video_io import decode_clip
 from .video_quality import PixelError, moving_pixels
+
+logger = logging.getLogger(__name__)
 
 ClipRef = tuple[str, str, int]
 """(source, episode, position among the episode's accepted clips)"""
@@ -43,27 +57,80 @@ MAX_PSNR_CLIPS = 32
 class EncodePlan(StrictConfig):
     staging: Path
     use_gpu: bool
+    encoders: str = Field(description="Digest of the frozen encoders' weights.")
+
+    def identity(self, record: EpisodeRecord) -> str:
+        """Of everything that an episode's latents and text follow from."""
+        return digest(self.encoders, record.model_dump(mode="json"))
+
+
+def encoders_identity(codec: VideoCodec | CodecInfo, text_encoder: TextEncoder | TextEncoderInfo) -> str:
+    return digest(codec.weight_hash, text_encoder.weight_hash)
 
 
 def prepare_codec(
     staging: Staging, config: VideoCodecConfig, fit: Sequence[ClipRef], measure: Sequence[ClipRef], split: Split
 ) -> CodecInfo:
     """Fits or opens the codec, measures it on clips of `split`, and saves it into the staging folder."""
+    frozen = open_frozen_codec(config)
+    made_from = digest(
+        config.model_dump(mode="json"),
+        frozen.weight_hash if frozen else None,
+        *_made_from(staging, fit, measure),
+        split,
+    )
+    staged = read_record(staging.codec_json, StagedCodec)
+    if staged is not None and staged.made_from == made_from:
+        return staged.info
+    logger.info("codec: %s", "measuring it" if frozen else "fitting it to the training clips")
+    staging.codec_json.unlink(missing_ok=True)
     with one_thread():
-        codec = _fit_or_open(staging, config, fit)
+        codec = frozen or _fit(staging, config, fit)
         info = measure_codec(codec, videos(staging, measure), split)
-    shutil.rmtree(staging.codec, ignore_errors=True)
-    codec.save(staging.codec)
-    write_atomic(staging.codec_json, info.model_dump_json().encode())
+    stage_encoder(staging, codec, staging.codec)
+    write_atomic(staging.codec_json, StagedCodec(info=info, made_from=made_from).model_dump_json().encode())
     return info
 
 
-def _fit_or_open(staging: Staging, config: VideoCodecConfig, fit: Sequence[ClipRef]) -> VideoCodec:
-    if config.kind == "wan":
-        assert config.folder is not None  # the config's validator has seen to it
-        return WanCodec(config.folder, config.dtype)
+def open_frozen_codec(config: VideoCodecConfig) -> VideoCodec | None:
+    """None where the codec is to be fitted to the dataset."""
+    if config.kind == "embedded":
+        return None
+    assert config.folder is not None  # the config's validator has seen to it
+    return WanCodec(config.folder, config.dtype)
+
+
+def _fit(staging: Staging, config: VideoCodecConfig, fit: Sequence[ClipRef]) -> VideoCodec:
     clips = (torch.from_numpy(video) for video in videos(staging, fit))
     return EmbeddedCodec.fit(clips, patch=config.patch, channels=config.channels)
+
+
+def _made_from(staging: Staging, *lists: Sequence[ClipRef]) -> list[list[tuple[str, str]]]:
+    records = {
+        (source, episode): staging.read_curated(source, episode) for refs in lists for source, episode, _ in refs
+    }
+    return [
+        [
+            (records[source, episode].made_from, records[source, episode].clips[position].key)
+            for source, episode, position in refs
+        ]
+        for refs in lists
+    ]
+
+
+def stage_encoder(staging: Staging, encoder: VideoCodec | TextEncoder, folder: Path) -> None:
+    """Saves an encoder for the workers to load. Tasks of a job array may come at once: equal files stay as they are."""
+    with staging.locked("encoders", wait=True), tempfile.TemporaryDirectory(dir=staging.root) as partial:
+        fresh = Path(partial) / folder.name
+        encoder.save(fresh)
+        if _contents(fresh) != _contents(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            fresh.rename(folder)
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def videos(staging: Staging, refs: Sequence[ClipRef]) -> Iterator[np.ndarray]:
@@ -103,6 +170,7 @@ class EncodeEpisode:
     """Worker: `{"source": …, "episode": …}` -> number of clips encoded."""
 
     def __init__(self, plan: EncodePlan) -> None:
+        self.plan = plan
         self.staging = Staging(plan.staging)
         self.codec = load_video_codec(self.staging.codec)
         text_encoder = load_text_encoder(self.staging.text_encoder)
@@ -115,12 +183,13 @@ class EncodeEpisode:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         record = self.staging.read_curated(row["source"], row["episode"])
         tar = self.staging.encoded_tar(row["source"], row["episode"])
+        forget_record(tar)
         clips: list[tuple[str, int, int]] = []
         with TarWriter(tar) as writer:
             for members in self.staging.curated_members(record):
                 records = tar_records(self._encode(members))
                 clips.append((members["__key__"], writer.add(records), len(records)))
-        write_record(tar, EncodedRecord(clips=tuple(clips)))
+        write_record(tar, EncodedRecord(clips=tuple(clips), made_from=self.plan.identity(record)))
         return {"clips": len(clips)}
 
     def _encode(self, members: dict[str, Any]) -> dict[str, Any]:

@@ -79,6 +79,11 @@ def ray_session(address: str | None, num_workers: int, object_store_mb: int) -> 
         ray.shutdown()
 
 
+def address() -> str:
+    """Of the Ray that this process uses, for other processes to join."""
+    return str(ray.get_runtime_context().gcs_address)
+
+
 def check_gpus(wanted: int) -> None:
     """Ray would wait for GPUs that are not there for ever."""
     found = int(ray.cluster_resources().get("GPU", 0))

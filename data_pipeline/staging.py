@@ -1,22 +1,32 @@
-"""Work in progress of a build: `<out>.staging/`, one pair of files per episode and stage.
+"""Work of a build: `<out>.staging/`, one pair of files per episode and stage.
 
-    build.json                          what is being built; a staging folder of another build is never continued
     curated/<source>/<episode>.tar      the clips' mp4, actions, proprio and meta
     curated/<source>/<episode>.json     `EpisodeRecord`, written last: the episode is done
     encoded/<source>/<episode>.tar      the clips' latents and text
     encoded/<source>/<episode>.json     `EncodedRecord`, written last
-    codec/  text_encoder/  codec.json   the frozen encoders, and the codec's `CodecInfo`, written last
+    codec/  text_encoder/  codec.json   the frozen encoders, and `StagedCodec`, written last
+    partitions/<i>-of-<n>.json          written last by a task of a job array
     attempts/<run>/<source>/<episode>   a byte per attempt: what ends its worker process is not tried for ever
 
-Every file is renamed into place when complete, so a build that was killed at any moment continues from here.
+Every file is renamed into place when complete, and every record says what it was made from (`made_from`, a digest of
+recording and settings). So a build that was killed at any moment, or whose recordings or settings have changed since,
+redoes what no longer fits and keeps the rest.
 """
 
-from collections.abc import Iterator
+import fcntl
+import hashlib
+import json
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from configs.loader import StrictConfig
+from pydantic import ValidationError
 
+from configs.loader import StrictConfig, UserError
+
+from .dataset import CodecInfo
 from .shards import ShardReader, read_records, write_atomic
 
 
@@ -52,12 +62,45 @@ class EpisodeRecord(StrictConfig):
     clips: tuple[StagedClip, ...]
     rejected: tuple[Rejection, ...]
     repairs: tuple[str, ...]
+    made_from: str = ""
 
 
 class EncodedRecord(StrictConfig):
     """The same clips in the encoded tar, in the same order: (key, offset, num_bytes)."""
 
     clips: tuple[tuple[str, int, int], ...]
+    made_from: str = ""
+
+
+class StagedCodec(StrictConfig):
+    info: CodecInfo
+    made_from: str
+
+
+class PartitionRecord(StrictConfig):
+    """A task of a job array has done its part."""
+
+    made_from: str
+
+
+class BusyError(UserError):
+    """Another process works on the same folder."""
+
+
+RecordT = TypeVar("RecordT", bound=StrictConfig)
+
+
+def digest(*parts: Any) -> str:
+    """sha256 of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def read_record(path: Path, kind: type[RecordT]) -> RecordT | None:
+    """None where there is none, or one of another version."""
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
 
 
 class Staging:
@@ -65,7 +108,6 @@ class Staging:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.build_json = root / "build.json"
         self.codec = root / "codec"
         self.codec_json = root / "codec.json"
         self.text_encoder = root / "text_encoder"
@@ -78,11 +120,14 @@ class Staging:
     def encoded_tar(self, source: str, episode: str) -> Path:
         return self.root / "encoded" / source / f"{episode}.tar"
 
-    def is_curated(self, source: str, episode: str) -> bool:
-        return self.curated_tar(source, episode).with_suffix(".json").is_file()
+    def partition(self, index: int, count: int) -> Path:
+        return self.root / "partitions" / f"{index}-of-{count}.json"
 
-    def is_encoded(self, source: str, episode: str) -> bool:
-        return self.encoded_tar(source, episode).with_suffix(".json").is_file()
+    def find_curated(self, source: str, episode: str) -> EpisodeRecord | None:
+        return read_record(self.curated_tar(source, episode).with_suffix(".json"), EpisodeRecord)
+
+    def find_encoded(self, source: str, episode: str) -> EncodedRecord | None:
+        return read_record(self.encoded_tar(source, episode).with_suffix(".json"), EncodedRecord)
 
     def begin_attempt(self, run: str, source: str, episode: str) -> int:
         """The number of this attempt at an episode. It stays on disk when the process that makes it does not."""
@@ -106,6 +151,34 @@ class Staging:
         for clip in record.clips:
             yield self.read_members(tar, clip.offset, clip.num_bytes)
 
+    @contextmanager
+    def locked(self, name: str, *, is_shared: bool = False, wait: bool = False) -> Iterator[None]:
+        """Holds the folder's lock of this name; BusyError where somebody else does. It goes with its process."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (self.root / f"{name}.lock").open("w") as file:
+            kind = fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX
+            try:
+                fcntl.flock(file, kind if wait else kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BusyError(
+                    f"{self.root}: another build is at work there; wait for it or choose another `out`."
+                ) from None
+            yield
+
+    def keep_only(self, listing: Mapping[str, Collection[str]]) -> None:
+        """Drops the work on episodes that are no longer there, and what a killed build has left half-written."""
+        for stage in ("curated", "encoded"):
+            for path in (self.root / stage).glob("*/*"):
+                if path.name.startswith(".") or path.stem not in listing.get(path.parent.name, ()):
+                    path.unlink()
+        for folder in (self.packed, self.root / "attempts"):
+            shutil.rmtree(folder, ignore_errors=True)
+
 
 def write_record(tar: Path, record: EpisodeRecord | EncodedRecord) -> None:
     write_atomic(tar.with_suffix(".json"), record.model_dump_json().encode())
+
+
+def forget_record(tar: Path) -> None:
+    """Before its tar is replaced: a record must never stand beside another tar than its own."""
+    tar.with_suffix(".json").unlink(missing_ok=True)

@@ -59,7 +59,9 @@ def verify(dataset: Path, *, decode: bool = True) -> list[str]:
     problems += _file_problems(index, set(shards))
     checked = ((len(rows), _Shard(index, shard, rows, statistics, decode).problems()) for shard, rows in shards.items())
     shard_problems = [
-        problem for _, found in track(checked, len(shards), "verify", lambda one: one[0]) for problem in found
+        problem
+        for _, found in track(checked, len(shards), "verify", lambda one: one[0], unit="shards")
+        for problem in found
     ]
     if not shard_problems:  # statistics of what can be read say nothing about the whole
         problems += _statistics_problems(index, statistics)

@@ -17,11 +17,12 @@ from pydantic import Field
 from configs.loader import StrictConfig
 
 from ..align import AlignedControl, ClipClock, align_control
+from ..dataset import code_version
 from ..embodiments import Embodiment
 from ..sample import SCHEMA_VERSION, VIEW_NAME, Sample, SampleMeta, SourceMeta, ViewMeta
 from ..shards import TarWriter, tar_records
 from ..sources import AnySourceConfig, Episode, Footage, Source, SourceError, open_source
-from ..staging import EpisodeRecord, Rejection, StagedClip, Staging, write_record
+from ..staging import EpisodeRecord, Rejection, StagedClip, Staging, digest, forget_record, write_record
 from ..video_io import VideoError, ViewConfig, encode_video, prepare_view
 from .clips import MIN_RATE_SHARE, clip_key, clip_starts, motion_score, view_role
 
@@ -52,6 +53,12 @@ class CuratePlan(StrictConfig):
     actions_per_frame: int
     crf: int
 
+    def identity(self, source: str) -> str:
+        """Of everything but the recording itself that a source's clips follow from."""
+        settings = self.model_dump(mode="json", exclude={"staging", "run", "sources"})
+        source_plan = self.sources[source].model_dump(mode="json", exclude={"config": {"max_episodes"}})
+        return digest(settings, source_plan, SCHEMA_VERSION, code_version())
+
 
 class RejectedError(Exception):
     def __init__(self, rejection: Rejection) -> None:
@@ -71,15 +78,28 @@ class CurateEpisode:
         name, episode_id = row["source"], row["episode"]
         if name not in self._sources:
             self._sources[name] = open_source(self.plan.sources[name].config)
+        identity = self.plan.identity(name)
+        staged = self.staging.find_curated(name, episode_id)
+        if staged is not None and staged.made_from == digest(identity, self._content(name, episode_id)):
+            return {"found": staged.found, "accepted": len(staged.clips), "new_clips": 0, "was_kept": True}
         tar = self.staging.curated_tar(name, episode_id)
+        forget_record(tar)
         attempt = self.staging.begin_attempt(self.plan.run, name, episode_id)
         with TarWriter(tar) as writer:
             if attempt > MAX_ATTEMPTS:
                 record = lost_workers_record(self.plan, name, episode_id)
             else:
                 record = curate_episode(self.plan, name, self._sources[name], episode_id, writer)
-        write_record(tar, record)
-        return {"found": record.found, "accepted": len(record.clips)}
+        write_record(tar, record.model_copy(update={"made_from": digest(identity, record.content_sha256)}))
+        accepted = len(record.clips)
+        return {"found": record.found, "accepted": accepted, "new_clips": accepted, "was_kept": False}
+
+    def _content(self, name: str, episode_id: str) -> str | None:
+        """The digest of the recording as it is now; reading it costs about a hundredth of decoding it."""
+        try:
+            return self._sources[name].read_episode(episode_id).content_sha256
+        except Exception:  # curating it says why; None matches no episode that could be read
+            return None
 
 
 def curate_episode(

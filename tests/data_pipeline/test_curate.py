@@ -249,8 +249,8 @@ def test_an_episode_that_ends_its_worker_is_given_up(tmp_path, robot):
             worker._sources["lab"] = type("Crashing", (), {"read_episode": lambda self, _: os._exit(1)})()
             worker(row)
         os.waitpid(child, 0)
-    assert not Staging(plan.staging).is_curated("lab", episode)
-    assert CurateEpisode(plan)(row) == {"found": 1, "accepted": 0}
+    assert not Staging(plan.staging).find_curated("lab", episode)
+    assert CurateEpisode(plan)(row) == {"found": 1, "accepted": 0, "new_clips": 0, "was_kept": False}
     record = Staging(plan.staging).read_curated("lab", episode)
     assert record.rejected[0].reason == "worker_lost"
     assert CurateEpisode(plan.model_copy(update={"run": "another"}))(row)["accepted"] == 5

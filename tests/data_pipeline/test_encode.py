@@ -49,7 +49,7 @@ def test_latents_are_those_of_the_stored_video(staging, tmp_path, kind):
     info = prepare_codec(staging, codec_config(kind, tmp_path), refs, refs, "train")
     assert (info.name, info.psnr_num_clips, info.psnr_split) == (kind, 3, "train")
     assert info.psnr > (30 if kind == "embedded" else 0)
-    assert EncodeEpisode(EncodePlan(staging=staging.root, use_gpu=False))(
+    assert EncodeEpisode(EncodePlan(staging=staging.root, use_gpu=False, encoders=""))(
         {"source": "lab", "episode": "episode_000000"}
     ) == {"clips": 3}
     codec = load_video_codec(staging.codec)

@@ -89,7 +89,7 @@ def tiny_dataset(
         codec=measure_codec(codec, iter([video]), "train"),
         text_encoder={"name": encoder.name, "weight_hash": encoder.weight_hash, "width": encoder.width},
         counts=count(records),
-        sources={"lab": {"episodes": len(records), "listing_sha256": "0" * 64}},
+        sources={"lab": {"episodes": len(records), "listing_sha256": "0" * 64, "content_sha256": "0" * 64}},
         build={"sources": {"lab": {"licence": None}}},
     )
     packed = pack(staging, records, splits, info, max_shard_mb)

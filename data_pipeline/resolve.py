@@ -1,0 +1,121 @@
+"""Opens a build's sources and settles what its config leaves open: rates, views, robots."""
+
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from configs.loader import UserError
+
+from .align import actions_per_frame
+from .build_config import BuildConfig
+from .curate.episode import CuratePlan, SourcePlan, view_name
+from .embodiments import Embodiment
+from .encoders import WanCodec, find_model_folder
+from .sources import AnySourceConfig, Source, SourceError, open_source
+from .video_io import ViewConfig
+
+
+def open_sources(config: BuildConfig) -> tuple[dict[str, Source], dict[str, list[str]]]:
+    sources: dict[str, Source] = {}
+    listing: dict[str, list[str]] = {}
+    for name, source in config.sources.items():
+        if source.name not in (None, name):
+            raise UserError(f"sources.{name}.name={source.name}: a source is named by its key; leave `name` out.")
+        sources[name] = open_source(_reader_config(name, source))
+        listing[name] = sources[name].list_episodes()[: source.max_episodes]
+        if not listing[name]:
+            raise UserError(f"sources.{name}: {source.path} holds no episodes; check the path.")
+    return sources, listing
+
+
+def _reader_config(name: str, source: AnySourceConfig) -> AnySourceConfig:
+    """What travels to the workers: absolute, because a worker's folder may be another."""
+    return source.model_copy(update={"name": name, "path": source.path.absolute()})
+
+
+def resolve(config: BuildConfig, sources: Mapping[str, Source], listing: Mapping[str, list[str]]) -> CuratePlan:
+    """The plan; what it needs and the config leaves open is taken from the sources themselves."""
+    embodiments = {name: source.embodiment() for name, source in sources.items()}
+    _check_embodiments(embodiments)
+    labelled = [name for name, embodiment in embodiments.items() if embodiment is not None]
+    main_source = labelled[0] if labelled else next(iter(sources))
+    fps = config.fps or _first_readable(sources[main_source], listing[main_source]).fps
+    control_hz = next((e.control_hz for e in embodiments.values() if e is not None), fps)
+    return CuratePlan(
+        staging=staging_folder(config.out),
+        run=uuid.uuid4().hex,
+        sources={
+            name: SourcePlan(config=_reader_config(name, source), embodiment=embodiments[name])
+            for name, source in config.sources.items()
+        },
+        views=config.views or _views_of_first_source(config, sources, listing),
+        num_frames=config.clip_frames,
+        fps=fps,
+        stride=config.stride or config.clip_frames - 1,
+        actions_per_frame=config.actions_per_frame or actions_per_frame(control_hz, fps),
+        crf=config.crf,
+    )
+
+
+def staging_folder(out: Path) -> Path:
+    return out.absolute().with_name(out.name + ".staging")
+
+
+def _first_readable(source: Source, episodes: Iterable[str]) -> Any:
+    error: SourceError | None = None
+    for episode_id in episodes:
+        try:
+            return source.read_episode(episode_id)
+        except SourceError as one:
+            error = error or one
+    assert error is not None
+    raise UserError(
+        f"source {source.name}: none of its episodes can be read, the first because of {error.reason} "
+        f"({error.where}: {error.detail}); `python -m data_pipeline.doctor` lists what is wrong with it."
+    )
+
+
+def _views_of_first_source(
+    config: BuildConfig, sources: Mapping[str, Source], listing: Mapping[str, list[str]]
+) -> dict[str, ViewConfig]:
+    name, source = next(iter(sources.items()))
+    recorded = _first_readable(source, listing[name]).views
+    view_map = config.sources[name].view_map or {view: view_name(view) for view in recorded}
+    names = [view_map[view] for view in recorded if view in view_map]
+    if not names or len(set(names)) < len(names):
+        raise UserError(
+            f"sources.{name}: its views {', '.join(recorded) or '(none)'} cannot be told apart by name; "
+            "set `views` and `view_map`."
+        )
+    return {view: ViewConfig(height=config.height, width=config.width) for view in names}
+
+
+def _check_embodiments(embodiments: Mapping[str, Embodiment | None]) -> None:
+    seen: dict[str, tuple[str, Embodiment]] = {}
+    for source, embodiment in embodiments.items():
+        if embodiment is None:
+            continue
+        other, known = seen.setdefault(embodiment.name, (source, embodiment))
+        if (known.action_names, known.proprio_names) != (embodiment.action_names, embodiment.proprio_names):
+            raise UserError(
+                f"sources {other} and {source} both call their robot {embodiment.name!r}, but its actions or proprio "
+                f"are laid out differently; give sources.{source}.embodiment another name."
+            )
+
+
+def check_encoders(config: BuildConfig, views: Mapping[str, ViewConfig]) -> None:
+    """Before hours of work rather than after: weights that are not there, sizes that the codec cannot take."""
+    stride = config.codec.patch
+    if config.codec.kind == "wan":
+        assert config.codec.folder is not None  # the config's validator has seen to it
+        stride = WanCodec(config.codec.folder, config.codec.dtype).spatial_stride
+    for name, view in views.items():
+        step = stride if stride % 2 == 0 else 2 * stride  # H.264 in 4:2:0 takes even sizes only
+        if view.height % step or view.width % step:
+            raise UserError(
+                f"view {name} is {view.height}x{view.width} pixels, but codec {config.codec.kind} needs multiples of "
+                f"{step}; change the view's height and width."
+            )
+    if config.text_encoder.folder is not None:
+        find_model_folder(config.text_encoder.folder, "text_encoder")
