@@ -3,6 +3,7 @@
 #
 #   ./setup.sh                     both
 #   ./setup.sh --system-packages   the Debian libraries only
+#   ./setup.sh --test-packages     those, and a browser that the tests open reports in (they skip without one)
 #
 # Environment:  PYTHON           the interpreter to build .venv from (default: the first python3 that is >= 3.11)
 #               TORCH_INDEX_URL  where pip takes torch from, for example a CPU-only or a CUDA 13 wheel index
@@ -11,7 +12,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 VENV=.venv
-EXTRAS=data,ros,captions,similarity,train,sim,dev
+EXTRAS=data,ros,similarity,train,sim,dev
 
 fail() { # said on one line, before anything slow
     echo "setup: $*" >&2
@@ -30,6 +31,8 @@ find_python() {
         "install one and run: make setup PYTHON=/path/to/python3.11"
 }
 
+FOR_TESTS=false
+[ "${1:-}" != --test-packages ] || FOR_TESTS=true
 LIBRARIES=$(ldconfig -p 2>/dev/null || /sbin/ldconfig -p 2>/dev/null || true)
 
 is_installed() { # by library, or by Debian package where no library tells
@@ -52,6 +55,10 @@ missing_packages() {
     is_installed libgl1-mesa-dri gallium || compgen -G '/usr/lib*/*/dri/swrast_dri.so' >/dev/null || echo libgl1-mesa-dri
     is_installed libglfw3 glfw.so.3 || echo libglfw3
     is_installed libglib2.0-0 glib-2.0.so.0 || echo libglib2.0-0
+    # Ubuntu's package of this name is a snap, which does not run in containers.
+    if $FOR_TESTS && grep -qx 'ID=debian' /etc/os-release; then
+        command -v chromium >/dev/null || echo chromium
+    fi
 }
 
 install_system_packages() {
@@ -92,4 +99,4 @@ install_python_packages() {
 
 python=$(find_python)
 install_system_packages "$python"
-[ "${1:-}" = --system-packages ] || install_python_packages "$python"
+[ -n "${1:-}" ] || install_python_packages "$python"

@@ -23,12 +23,15 @@ from configs.loader import UserError, dump_config, run_command
 
 from . import preview, ray_job
 from .build_config import HOW_IT_IS_RUN, BuildConfig, parse_partition
+from .curate.captions import CaptionEpisode, plan_captions, read_caption_records, summarise_captions
+from .curate.duplicates import find_leaks, without_duplicates
 from .curate.episode import CurateEpisode, CuratePlan
 from .dataset import (
     CODEC,
     DATASET_YAML,
     SPLITS,
     TEXT_ENCODER,
+    CaptionInfo,
     CodecInfo,
     Counts,
     DatasetInfo,
@@ -101,6 +104,14 @@ class Build:
         self.num_workers = config.num_workers or os.cpu_count() or 1
         self.rows = [{"source": name, "episode": episode} for name in sorted(listing) for episode in listing[name]]
         self.started = time.monotonic()
+        self.caption_plan = plan_captions(
+            config.captions,
+            self.staging.root,
+            config.out.absolute().with_name("caption_cache"),
+            next(iter(plan.views.values())),
+            self.num_workers,
+            config.gpus,
+        )
         self._new_video_s = plan.stride / plan.fps  # that a clip adds to the one before
 
     def run_partition(self, index: int, num_parts: int) -> None:
@@ -109,6 +120,7 @@ class Build:
         rows = self.rows[index::num_parts]
         with self.staging.locked(f"partition-{index}-of-{num_parts}"):
             self.curate(rows)
+            self.caption(self._records(rows))
             codec = open_frozen_codec(self.config.codec)
             if codec is not None:  # one that is fitted to all clips cannot encode any yet
                 stage_encoder(self.staging, codec, self.staging.codec)
@@ -139,17 +151,35 @@ class Build:
         if num_kept:
             logger.info("curate: %d of %d episodes are as they were, their clips were kept", num_kept, len(rows))
 
+    def caption(self, records: Sequence[EpisodeRecord]) -> CaptionInfo | None:
+        """Describes the clips that have no instruction, where the config asks for it."""
+        plan = self.caption_plan
+        if plan is None:
+            return None
+        rows = [{"source": one.source, "episode": one.episode} for one in records if plan.is_due(one)]
+        make_worker = functools.partial(CaptionEpisode, plan)
+        results = ray_job.map_rows(rows, make_worker, plan.num_workers, gpus_each=plan.gpus_each)
+        for _ in track(results, len(rows), "caption", lambda row: row["clips"], clip_s=self._new_video_s):
+            pass
+        summary = summarise_captions(plan, read_caption_records(plan, records))
+        logger.info("captions: %s", summary.sentence())
+        return summary.info
+
     def finish(self) -> None:
         """Everything after curation: encoders, latents, shards."""
-        config, records = self.config, self._records(self.rows)
+        config, staged = self.config, self._records(self.rows)
+        records = without_duplicates(staged, config.duplicates)
         counts = count(records)
         if not counts.accepted:
             raise _nothing_accepted(records, counts)
         self._check_share(counts.found, counts.rejected)
+        used = [whole for whole, record in zip(staged, records, strict=True) if record.clips]
+        captions = self.caption(used)
         splits = assign_splits(records, config.validation_share)
+        self._warn_of_leaks(records, splits)
         codec = self._prepare_codec(records, splits)
         text_encoder = self._stage_text_encoder()
-        self._encode(records, encoders_identity(codec, text_encoder))
+        self._encode(used, encoders_identity(codec, text_encoder))
         info = DatasetInfo(
             schema_version=SCHEMA_VERSION,
             code_version=code_version(),
@@ -161,6 +191,7 @@ class Build:
             embodiments=self._used_embodiments(records),
             codec=codec,
             text_encoder=text_encoder,
+            captions=captions,
             counts=counts,
             sources=self._source_infos(records),
             build=build_identity(config),
@@ -185,6 +216,16 @@ class Build:
                 f"with a source. What is done is kept in {self.staging.root}."
             )
 
+    def _warn_of_leaks(self, records: Sequence[EpisodeRecord], splits: Mapping[str, Split]) -> None:
+        """Episodes never straddle the splits, but two of them may show the same."""
+        phashes: dict[Split, dict[str, str]] = {split: {} for split in SPLITS}
+        for record in records:
+            for clip in record.clips:
+                phashes[splits[record.content_sha256 or ""]][clip.key] = clip.phash
+        leaks = find_leaks(phashes["train"], phashes["validation"], self.config.duplicates.leak)
+        if leaks:
+            logger.warning("%d pairs of clips in training and validation are alike, such as %s", len(leaks), leaks[0])
+
     def _prepare_codec(self, records: Sequence[EpisodeRecord], splits: Mapping[str, Split]) -> CodecInfo:
         train, validation = (_clips_by_key(records, splits, one) for one in SPLITS)
         split: Split = "validation" if validation else "train"
@@ -197,7 +238,12 @@ class Build:
         return TextEncoderInfo(name=encoder.name, weight_hash=encoder.weight_hash, width=encoder.width)
 
     def _encode(self, records: Sequence[EpisodeRecord], encoders: str) -> None:
-        plan = EncodePlan(staging=self.staging.root, use_gpu=self.config.gpus > 0, encoders=encoders)
+        plan = EncodePlan(
+            staging=self.staging.root,
+            use_gpu=self.config.gpus > 0,
+            encoders=encoders,
+            captioner=self.caption_plan.captioner if self.caption_plan else None,
+        )
         rows = []
         for record in records:
             staged = self.staging.find_encoded(record.source, record.episode)

@@ -2,12 +2,17 @@
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, StringConstraints, field_validator
 
 from configs.loader import StrictConfig
 
+from .curate.captioners import HOW_CAPTIONING_IS_RUN, CaptionConfig
+from .curate.duplicates import DuplicateConfig
+from .curate.filters import FilterConfig
+from .curate.idle import IdleConfig
+from .curate.shots import ShotConfig
 from .encoders import TEMPORAL_STRIDE, TextEncoderConfig, VideoCodecConfig
 from .sample import VIEW_NAME
 from .sources import AnySourceConfig
@@ -20,6 +25,7 @@ class BuildConfig(StrictConfig):
     """What to build from what."""
 
     sources: dict[SourceName, AnySourceConfig] = Field(min_length=1, description="The recording sets, by name.")
+    root: Path = Field(Path(), description="Folder that the sources' relative paths start from; default: this one.")
     out: Path = Field(description="The dataset folder to write; `<out>.staging` holds the work in progress.")
 
     views: dict[str, ViewConfig] | None = Field(
@@ -40,6 +46,11 @@ class BuildConfig(StrictConfig):
     )
     validation_share: float = Field(0.1, ge=0, le=0.9, description="Share of episodes held out, chosen by hash.")
     crf: int = Field(18, ge=0, le=51, description="H.264 quality of the stored clips; lower is better and larger.")
+    shots: ShotConfig = ShotConfig()
+    idle: IdleConfig = IdleConfig()
+    filters: FilterConfig = FilterConfig()
+    duplicates: DuplicateConfig = DuplicateConfig()
+    captions: CaptionConfig = CaptionConfig()
     codec: VideoCodecConfig = VideoCodecConfig()
     text_encoder: TextEncoderConfig = TextEncoderConfig()
     max_shard_mb: PositiveInt = Field(256, description="Size of a shard, unless one sample is larger.")
@@ -88,9 +99,10 @@ class BuildConfig(StrictConfig):
         return views
 
 
-HOW_IT_IS_RUN = {"out", "num_workers", "gpus", "ray_address", "object_store_mb", "overwrite", "keep_staging"} | {
-    "max_rejected_fraction",
-    "partition",
+HOW_IT_IS_RUN: dict[str, Any] = {
+    **dict.fromkeys(("out", "num_workers", "gpus", "ray_address", "object_store_mb", "overwrite"), True),
+    **dict.fromkeys(("keep_staging", "max_rejected_fraction", "partition"), True),
+    "captions": HOW_CAPTIONING_IS_RUN,
 }
 """Settings that the bytes do not follow from."""
 

@@ -95,6 +95,21 @@ class TextEncoderInfo(StrictConfig):
     width: PositiveInt
 
 
+class CaptionInfo(StrictConfig):
+    """The captions of a dataset: the same, however often they were asked for and whoever has paid."""
+
+    model: str
+    captioner: str = Field(description="Digest of the model, the prompt and the settings.")
+    clips: int = Field(description="All of them; clips = with_text + captioned + the sum of failed.")
+    with_text: int = Field(description="Clips with an instruction, which nobody was asked about.")
+    captioned: int
+    failed: dict[str, int] = Field(description="Clips that remain without caption, by reason.")
+    tokens_in: int
+    tokens_out: int
+    uncounted: int = Field(description="Answers whose tokens the endpoint did not count.")
+    cost: float | None = Field(description="Of all these answers, in the currency of the prices; null without prices.")
+
+
 class Counts(StrictConfig):
     """found = accepted + rejected. An episode that cannot be cut into clips counts as one."""
 
@@ -123,6 +138,7 @@ class DatasetInfo(StrictConfig):
     embodiments: dict[str, Embodiment]
     codec: CodecInfo
     text_encoder: TextEncoderInfo
+    captions: CaptionInfo | None = Field(None, description="null: none were asked for.")
     counts: Counts
     sources: dict[str, SourceInfo]
     build: dict[str, Any] = Field(description="The config that the bytes follow from; a key of BuildConfig each.")

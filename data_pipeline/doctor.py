@@ -1,10 +1,11 @@
 """What is this recording set, can it be read, and what is wrong with it?
 
-    python -m data_pipeline.doctor PATH [--json]
+    python -m data_pipeline.doctor PATH [--json] [settings.NAME=VALUE ...]
 
 Reads every episode's metadata, table and video headers (no pixels beyond one frame per file) and reports format,
-views, dimensions, the robot's layout as a YAML block for a source's config, every repair the reader makes, and every
-episode that cannot be read. Exit code 0: all readable; 1: some episodes are not; 2: nothing to read at that path.
+views, dimensions, the robot's layout as a YAML block for a source's config, what lies there and is not read, every
+repair the reader makes, and every episode that cannot be read. Settings are those of the source in a build's config,
+for example 'settings.action_keys=[actions]'. Exit code 0: all readable; 1: some episodes are not; 2: nothing to read.
 """
 
 from __future__ import annotations
@@ -16,24 +17,30 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
 from configs.loader import StrictConfig, UserError, dump_config, run_command
-from configs.problems import suggest
+from configs.problems import explain, suggest
 
+from .embodiment_proposal import propose_embodiment
 from .embodiments import Embodiment
-from .sources import FORMATS, Episode, Footage, Source, SourceError, detect_kind
+from .sources import FORMATS, Episode, Footage, Source, SourceConfig, SourceError, detect_kind
+from .sources.ros import RosSource
+from .sources.video_folder import VideoFolderSource
+from .sources.video_json import VideoJsonSource
 
 SHOWN_LINES = 20  # of repairs and of unreadable episodes in the table; --json has them all
+MAX_PROPOSAL_EPISODES, MAX_PROPOSAL_ROWS = 20, 1000  # that a robot's layout is guessed from
 
 
 class DoctorConfig(StrictConfig):
     path: Path = Field(description="folder of the recording set (or one video file)")
     kind: str = Field(default="auto", description=f"the format: {', '.join(FORMATS)}; auto: found out")
+    settings: dict[str, Any] = Field(default={}, description="settings of the source, as in a build's config")
     as_json: bool = Field(default=False, alias="json", description="write the report as JSON instead of a table")
 
 
@@ -75,13 +82,17 @@ class Report(BaseModel):
     control_hz: float | None
     num_with_instruction: int
     instructions: list[str]  # a few, the most common first
-    embodiment: Embodiment | None
+    embodiment: Embodiment | None  # as the source has it
+    proposed_embodiment: Embodiment | None  # the same robot with what its numbers say; null where it has been described
+    proposal_reasons: list[str]
+    notes: list[str]  # what lies there and is not read
     repairs: list[Finding]
     unreadable: list[Unreadable]
 
 
 def main(config: DoctorConfig) -> int:
-    report = examine(config.path, detect_kind(config.path) if config.kind == "auto" else config.kind)
+    kind = detect_kind(config.path) if config.kind == "auto" else config.kind
+    report = examine(config.path, kind, config.settings)
     if config.as_json:
         sys.stdout.write(json.dumps(report.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n")
     else:
@@ -89,16 +100,19 @@ def main(config: DoctorConfig) -> int:
     return 1 if report.unreadable else 0
 
 
-def examine(path: Path, kind: str) -> Report:
+def examine(path: Path, kind: str, settings: dict[str, Any] | None = None) -> Report:
     """Read every episode and sum up. UserError when the set is unusable as a whole."""
     if kind not in FORMATS:
         raise UserError(f"kind={kind}: there is no such format{suggest(kind, list(FORMATS))}.")
-    source = FORMATS[kind].open(FORMATS[kind].config(path=path))
+    source = FORMATS[kind].open(_source_config(FORMATS[kind].config, {"path": path, **(settings or {})}))
     episode_ids = source.list_episodes()
     episodes, unreadable = _read_all(source, episode_ids)
     instructions = Counter(episode.instruction for episode in episodes if episode.instruction)
     with_actions = [episode for episode in episodes if episode.actions is not None]
     embodiment = source.embodiment()
+    proposed, reasons = None, tuple[str, ...]()
+    if embodiment is not None and "embodiment" not in (settings or {}):
+        proposed, reasons = _propose(embodiment, with_actions)
     return Report(
         path=str(path),
         kind=kind,
@@ -116,9 +130,38 @@ def examine(path: Path, kind: str) -> Report:
         num_with_instruction=instructions.total(),
         instructions=[text for text, _ in instructions.most_common(5)],
         embodiment=embodiment,
+        proposed_embodiment=proposed,
+        proposal_reasons=list(reasons),
+        notes=_notes(source),
         repairs=_findings(episodes, source.repairs(), len(episode_ids)),
         unreadable=unreadable,
     )
+
+
+def _source_config(config_class: type[SourceConfig], data: dict[str, Any]) -> SourceConfig:
+    try:
+        return config_class.model_validate(data)
+    except ValidationError as error:
+        raise UserError(explain(error, config_class, data, None, ())) from None
+
+
+def _notes(source: Source) -> list[str]:
+    """These formats read what they are told to; the others read all that they know."""
+    return source.notes() if isinstance(source, VideoFolderSource | VideoJsonSource | RosSource) else []
+
+
+def _propose(recorded: Embodiment, episodes: list[Episode]) -> tuple[Embodiment, tuple[str, ...]]:
+    """The recorded layout, completed by what the rows of some episodes look like."""
+    actions, proprio = [], []
+    for episode in episodes[:MAX_PROPOSAL_EPISODES]:
+        rows = episode.actions
+        states = episode.proprio if recorded.proprio_dim else None
+        dims = (rows.shape[1] if rows is not None else 0, states.shape[1] if states is not None else 0)
+        if rows is not None and dims == (recorded.action_dim, recorded.proprio_dim):
+            actions.append(rows[:MAX_PROPOSAL_ROWS])
+            proprio.append(states[: len(actions[-1])] if states is not None else actions[-1][:, :0])
+    names = (recorded.action_names, recorded.proprio_names)
+    return propose_embodiment(recorded.name, actions, proprio, recorded.control_hz, *names)
 
 
 def _read_all(source: Source, episode_ids: list[str]) -> tuple[list[Episode], list[Unreadable]]:
@@ -179,15 +222,21 @@ def show(report: Report, console: Console) -> None:
     console.print(_summary(report))
     if report.views:
         console.print(_view_table(report))
+    for note in report.notes:
+        console.print(Text(f"\nnote: {note}"))
     if report.repairs:
         lines = [(finding.sentence, f"{finding.num_episodes}") for finding in report.repairs]
         console.print(_lines("repairs made while reading", "episodes", lines))
     if report.unreadable:
         lines = [(f"{bad.where}: {bad.detail}", f"{bad.episode}\n{bad.reason}") for bad in report.unreadable]
         console.print(_lines("episodes that cannot be read", "episode, reason", lines))
-    if report.embodiment is not None:
-        block = dump_config(report.embodiment).rstrip().replace("\n", "\n  ")
-        console.print(Text("the robot's layout; copy it into the source's config to correct it:", style="bold"))
+    layout = report.proposed_embodiment or report.embodiment
+    if layout is not None:
+        block = dump_config(layout).rstrip().replace("\n", "\n  ")
+        guessed = ", guessed from its names and numbers: check it, then" if report.proposed_embodiment else ";"
+        console.print(Text(f"\nthe robot's layout{guessed} copy it into the source's config:", style="bold"))
+        for reason in report.proposal_reasons:
+            console.print(Text(f"  - {reason}"), soft_wrap=True)
         console.print(Text(f"\nembodiment:\n  {block}\n"), soft_wrap=True)
 
 

@@ -1,4 +1,4 @@
-"""Staged clips -> latents and text embeddings, with the frozen encoders that are stored beside the dataset.
+"""Staged clips -> latents, text embeddings and captioned meta, with the frozen encoders stored beside the dataset.
 
 The video is decoded from the mp4 that the dataset holds, not from the recording: what is stored and what is trained on
 agree to the pixel. Each clip is encoded alone, so that its bytes depend on no other clip.
@@ -18,6 +18,7 @@ from pydantic import Field
 
 from configs.loader import StrictConfig, UserError
 
+from .curate.captions import add_caption, read_captions
 from .dataset import CodecInfo, Split, TextEncoderInfo
 from .encoders import (
     EmbeddedCodec,
@@ -58,10 +59,15 @@ class EncodePlan(StrictConfig):
     staging: Path
     use_gpu: bool
     encoders: str = Field(description="Digest of the frozen encoders' weights.")
+    captioner: str | None = Field(None, description="`CaptionPlan.captioner`, whose captions are to go in.")
+
+    def captions(self, record: EpisodeRecord) -> dict[str, str]:
+        """Clip key -> the caption that a model gave it."""
+        return read_captions(self.staging, record, self.captioner)
 
     def identity(self, record: EpisodeRecord) -> str:
         """Of everything that an episode's latents and text follow from."""
-        return digest(self.encoders, record.model_dump(mode="json"))
+        return digest(self.encoders, record.model_dump(mode="json"), self.captions(record))
 
 
 def encoders_identity(codec: VideoCodec | CodecInfo, text_encoder: TextEncoder | TextEncoderInfo) -> str:
@@ -184,24 +190,29 @@ class EncodeEpisode:
         record = self.staging.read_curated(row["source"], row["episode"])
         tar = self.staging.encoded_tar(row["source"], row["episode"])
         forget_record(tar)
+        captions = self.plan.captions(record)
         clips: list[tuple[str, int, int]] = []
         with TarWriter(tar) as writer:
             for members in self.staging.curated_members(record):
-                records = tar_records(self._encode(members))
+                records = tar_records(self._encode(members, captions.get(members["__key__"])))
                 clips.append((members["__key__"], writer.add(records), len(records)))
         write_record(tar, EncodedRecord(clips=tuple(clips), made_from=self.plan.identity(record)))
         return {"clips": len(clips)}
 
-    def _encode(self, members: dict[str, Any]) -> dict[str, Any]:
+    def _encode(self, members: dict[str, Any], caption: str | None) -> dict[str, Any]:
         encoded = {"__key__": members["__key__"]}
         for suffix in members:
             if suffix.endswith(".mp4"):
                 video = torch.from_numpy(decode_clip(members[suffix]))
                 latents = self.codec.encode(video[None])[0].to(torch.bfloat16)
                 encoded[suffix.removesuffix("mp4") + "latents.safetensors"] = tensor_bytes("latents", latents)
-        captions = SampleMeta.model_validate_json(members["meta.json"]).captions
-        if captions:
-            encoded["text.safetensors"] = self._encode_text(captions[0])
+        meta = SampleMeta.model_validate_json(members["meta.json"])
+        captioned = add_caption(meta, caption)
+        if captioned != meta:  # `pack` takes it instead of the curated one
+            encoded["meta.json"] = captioned.model_dump_json().encode()
+        text = captioned.instruction or next(iter(captioned.captions), None)
+        if text:
+            encoded["text.safetensors"] = self._encode_text(text)
         return encoded
 
 

@@ -188,7 +188,7 @@ class DatasetStatistics:
         embodiment, stats = self.embodiments[sample.meta.embodiment], self.control[sample.meta.embodiment]
         is_valid = spans_mask(sample.meta.action_spans, len(sample.actions))
         start = sample.proprio[0] if sample.proprio is not None else None
-        relative = relative_actions(sample.actions, start, embodiment.action_names, embodiment.proprio_names)
+        relative = relative_actions(sample.actions, start, embodiment)
         stats["actions_absolute"].add(sample.actions[is_valid])
         stats["actions_relative"].add(relative[is_valid])
         if sample.proprio is not None:

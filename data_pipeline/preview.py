@@ -32,6 +32,7 @@ MAX_STRIP_HEIGHT = 128
 ACTION_CLIPS = 200
 EXAMPLES_PER_REASON = 3
 BINS = 24
+MAX_NAMED_SOURCES = 4
 
 
 class PreviewConfig(StrictConfig):
@@ -56,6 +57,7 @@ def render(index: DatasetIndex) -> str:
     columns = {name: np.array(clips[name].to_pylist(), dtype=object) for name in clips.column_names}
     return environment.get_template("report.html.j2").render(
         info=index.info,
+        title=_title(list(index.info.sources)),
         clip_s=(index.num_frames - 1) / index.fps,
         hours=len(index) * index.num_frames / index.fps / 3600,
         megabytes=columns["bytes"].sum() / 1e6 if len(index) else 0.0,
@@ -67,6 +69,10 @@ def render(index: DatasetIndex) -> str:
         rejected=_rejected(rejected),
         config=yaml.safe_dump(index.info.build, sort_keys=False, allow_unicode=True, width=110),
     )
+
+
+def _title(sources: Sequence[str]) -> str:
+    return ", ".join(sources) if len(sources) <= MAX_NAMED_SOURCES else f"A dataset of {len(sources)} sources"
 
 
 # --- tables -------------------------------------------------------------------------------------------------------

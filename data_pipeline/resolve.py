@@ -1,14 +1,16 @@
 """Opens a build's sources and settles what its config leaves open: rates, views, robots."""
 
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from configs.loader import UserError
+from configs.problems import suggest
 
 from .align import actions_per_frame
 from .build_config import BuildConfig
+from .curate.aesthetic import open_scorer
 from .curate.episode import CuratePlan, SourcePlan, view_name
 from .embodiments import Embodiment
 from .encoders import WanCodec, find_model_folder
@@ -22,22 +24,23 @@ def open_sources(config: BuildConfig) -> tuple[dict[str, Source], dict[str, list
     for name, source in config.sources.items():
         if source.name not in (None, name):
             raise UserError(f"sources.{name}.name={source.name}: a source is named by its key; leave `name` out.")
-        sources[name] = open_source(_reader_config(name, source))
+        sources[name] = open_source(_reader_config(name, source, config.root))
         listing[name] = sources[name].list_episodes()[: source.max_episodes]
         if not listing[name]:
-            raise UserError(f"sources.{name}: {source.path} holds no episodes; check the path.")
+            raise UserError(f"sources.{name}: {config.root / source.path} holds no episodes; check the path.")
     return sources, listing
 
 
-def _reader_config(name: str, source: AnySourceConfig) -> AnySourceConfig:
+def _reader_config(name: str, source: AnySourceConfig, root: Path) -> AnySourceConfig:
     """What travels to the workers: absolute, because a worker's folder may be another."""
-    return source.model_copy(update={"name": name, "path": source.path.absolute()})
+    return source.model_copy(update={"name": name, "path": (root / source.path).absolute()})
 
 
 def resolve(config: BuildConfig, sources: Mapping[str, Source], listing: Mapping[str, list[str]]) -> CuratePlan:
     """The plan; what it needs and the config leaves open is taken from the sources themselves."""
-    embodiments = {name: source.embodiment() for name, source in sources.items()}
+    embodiments = {name: _embodiment(source, config.sources[name].embodiment_name) for name, source in sources.items()}
     _check_embodiments(embodiments)
+    _check_curation(config, [robot for robot in embodiments.values() if robot is not None])
     labelled = [name for name, embodiment in embodiments.items() if embodiment is not None]
     main_source = labelled[0] if labelled else next(iter(sources))
     fps = config.fps or _first_readable(sources[main_source], listing[main_source]).fps
@@ -46,7 +49,7 @@ def resolve(config: BuildConfig, sources: Mapping[str, Source], listing: Mapping
         staging=staging_folder(config.out),
         run=uuid.uuid4().hex,
         sources={
-            name: SourcePlan(config=_reader_config(name, source), embodiment=embodiments[name])
+            name: SourcePlan(config=_reader_config(name, source, config.root), embodiment=embodiments[name])
             for name, source in config.sources.items()
         },
         views=config.views or _views_of_first_source(config, sources, listing),
@@ -55,6 +58,9 @@ def resolve(config: BuildConfig, sources: Mapping[str, Source], listing: Mapping
         stride=config.stride or config.clip_frames - 1,
         actions_per_frame=config.actions_per_frame or actions_per_frame(control_hz, fps),
         crf=config.crf,
+        shots=config.shots,
+        idle=config.idle,
+        filters=config.filters,
     )
 
 
@@ -91,17 +97,31 @@ def _views_of_first_source(
     return {view: ViewConfig(height=config.height, width=config.width) for view in names}
 
 
+def _embodiment(source: Source, name: str | None) -> Embodiment | None:
+    embodiment = source.embodiment()
+    return embodiment if embodiment is None or name is None else embodiment.model_copy(update={"name": name})
+
+
 def _check_embodiments(embodiments: Mapping[str, Embodiment | None]) -> None:
     seen: dict[str, tuple[str, Embodiment]] = {}
     for source, embodiment in embodiments.items():
         if embodiment is None:
             continue
         other, known = seen.setdefault(embodiment.name, (source, embodiment))
-        if (known.action_names, known.proprio_names) != (embodiment.action_names, embodiment.proprio_names):
+        if known.model_copy(update={"control_hz": embodiment.control_hz}) != embodiment:  # their statistics are shared
             raise UserError(
-                f"sources {other} and {source} both call their robot {embodiment.name!r}, but its actions or proprio "
-                f"are laid out differently; give sources.{source}.embodiment another name."
+                f"sources {other} and {source} both call their robot {embodiment.name!r}, but describe its actions or "
+                f"proprio differently; set sources.{source}.embodiment_name."
             )
+
+
+def _check_curation(config: BuildConfig, robots: Sequence[Embodiment]) -> None:
+    if config.filters.aesthetic is not None:
+        open_scorer(config.filters.aesthetic)  # says what is wrong with the weights
+    unknown = config.idle.unknown_slots(robots)
+    if unknown:
+        known = sorted({name for robot in robots for name in (*robot.action_names, *robot.proprio_names)})
+        raise UserError(f"idle.tolerances: no robot has a slot {unknown[0]!r}{suggest(unknown[0], known)}.")
 
 
 def check_encoders(config: BuildConfig, views: Mapping[str, ViewConfig]) -> None:

@@ -39,6 +39,7 @@ class StagedClip(StrictConfig):
     motion: float
     offset: int
     num_bytes: int
+    phash: str = ""
 
 
 class Rejection(StrictConfig):
@@ -62,6 +63,7 @@ class EpisodeRecord(StrictConfig):
     clips: tuple[StagedClip, ...]
     rejected: tuple[Rejection, ...]
     repairs: tuple[str, ...]
+    video_sha256: str | None = None
     made_from: str = ""
 
 
@@ -167,7 +169,7 @@ class Staging:
 
     def keep_only(self, listing: Mapping[str, Collection[str]]) -> None:
         """Drops the work on episodes that are no longer there, and what a killed build has left half-written."""
-        for stage in ("curated", "encoded"):
+        for stage in ("curated", "captions", "encoded"):
             for path in (self.root / stage).glob("*/*"):
                 if path.name.startswith(".") or path.stem not in listing.get(path.parent.name, ()):
                     path.unlink()

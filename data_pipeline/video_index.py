@@ -12,13 +12,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any
 
 import av
 import numpy as np
 from av.container import InputContainer
+from av.stream import Discard, Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
+
+from .video_pixels import Picture
 
 PathLike = str | os.PathLike[str]
 
@@ -58,6 +60,10 @@ class VideoIndex:
     time_base: Fraction
     end_pts: int  # presentation end of the last frame
     can_seek: bool  # False: timestamps are missing or repeated, so frames are counted from the start
+    codec: str
+    average_rate: float  # as the header states it; 0: it does not
+    picture: Picture
+    damaged_keys: frozenset[int] = frozenset()  # numbers of keyframes after which packets are known to be damaged
 
     def position(self, frame: VideoFrame) -> int | None:
         """The frame's place in presentation order; None for one that is not presented."""
@@ -98,48 +104,73 @@ def file_identity(path: PathLike) -> tuple[str, int, int]:
     return os.fspath(path), stat.st_size, stat.st_mtime_ns
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)  # an hour at 30 frames/s takes 1 MB
 def _cached_index(path: str, size: int, mtime_ns: int) -> VideoIndex:
     with open_video(path) as container:
         stream = video_stream(container, path)
         pts: list[int | None] = []
         key_pts: list[int] = []
+        damaged_after: list[int] = []  # keyframes' timestamps
         end = -(2**62)
         num_packets, is_cut = 0, False
+        picture: Picture | None = None
         for packet in container.demux(stream):
+            if picture is None:
+                picture = next((Picture.of(frame, stream) for frame in _decode_packet(packet)), None)
             if packet.size == 0:  # the demuxer's end mark, or (with a timestamp) a frame that the recorder dropped
                 num_packets += packet.dts is not None
                 continue
             num_packets += 1
-            is_cut |= packet.is_corrupt  # set by the demuxer for a packet that the file's end cuts short
             if packet.is_keyframe and packet.pts is not None:
                 key_pts.append(packet.pts)
+            is_cut = packet.is_corrupt  # set for a packet that the file's end cuts short, and where bytes were lost
+            if is_cut:
+                damaged_after += key_pts[-1:]
             if not packet.is_discard:
                 pts.append(packet.pts)
                 end = max(end, (packet.pts or 0) + (packet.duration or 0))
         if not pts:
             raise VideoError("truncated_video" if stream.frames else "not_a_video", path, "it holds no frames")
         _check_complete(container, stream, num_packets, is_cut, end, path)
+        if picture is None:
+            raise VideoError("undecodable_video", path, f"no frame of its {len(pts)} decodes")
         known = {value for value in pts if value is not None}
         if len(known) == len(pts) and key_pts and container.format.name.split(",")[0] in _TIMED_FORMATS:
-            ordered = np.sort(np.asarray(list(known), dtype=np.int64))
-            return VideoIndex(ordered, np.sort(np.asarray(key_pts)), _time_base(stream), _end(ordered, end), True)
-    return _index_by_decoding(path)
+            ordered, keys = np.sort(np.asarray(list(known), dtype=np.int64)), np.sort(np.asarray(key_pts))
+            return VideoIndex(
+                pts=ordered,
+                key_pts=keys,
+                time_base=_time_base(stream),
+                end_pts=_end(ordered, end),
+                can_seek=True,
+                codec=stream.codec_context.codec.canonical_name,
+                average_rate=float(stream.average_rate or 0),
+                picture=picture,
+                damaged_keys=frozenset(np.searchsorted(keys, damaged_after).tolist()),
+            )
+    return _index_by_decoding(path, picture)
 
 
-def _index_by_decoding(path: str) -> VideoIndex:
+def _index_by_decoding(path: str, picture: Picture) -> VideoIndex:
     """For files whose packets have no usable timestamps: count what comes out of the decoder."""
     with open_video(path) as container:
         stream = video_stream(container, path)
         pts = [frame.pts for frame in decode_from_start(container, stream)]
-        if not pts:
-            raise VideoError("undecodable_video", path, "no frame decodes")
         time_base = _time_base(stream)
         times = np.asarray([-1 if value is None else value for value in pts], dtype=np.int64)
         if np.any(times < 0) or np.any(np.diff(times) <= 0):  # no clock at all: the nominal rate is all there is
             rate = stream.average_rate or Fraction(25)
             times = np.asarray([round(i / rate / time_base) for i in range(len(pts))], dtype=np.int64)
-        return VideoIndex(times, times[:1], time_base, _end(times, 0), False)
+        return VideoIndex(
+            pts=times,
+            key_pts=times[:1],
+            time_base=time_base,
+            end_pts=_end(times, 0),
+            can_seek=False,
+            codec=stream.codec_context.codec.canonical_name,
+            average_rate=float(stream.average_rate or 0),
+            picture=picture,
+        )
 
 
 def _end(pts: np.ndarray, packet_end: int) -> int:
@@ -211,15 +242,24 @@ def _promised_duration_s(container: InputContainer, stream: VideoStream) -> floa
 @contextmanager
 def open_video(path: PathLike) -> Iterator[InputContainer]:
     """The open file. Whatever FFmpeg raises, here or while it is read, becomes a VideoError."""
+    with open_container(path) as container, reading(path):
+        yield container
+
+
+def open_container(path: PathLike) -> InputContainer:
     try:
-        container = av.open(os.fspath(path), "r", options=dict(OPEN_OPTIONS), metadata_errors="replace")
+        return av.open(os.fspath(path), "r", options=dict(OPEN_OPTIONS), metadata_errors="replace")
     except (av.FFmpegError, OSError, ValueError) as error:
         raise _why_not_opened(path, error) from error
-    with container:
-        try:
-            yield container
-        except av.FFmpegError as error:
-            raise VideoError("undecodable_video", path, f"reading it fails ({error.strerror})") from error
+
+
+@contextmanager
+def reading(path: PathLike) -> Iterator[None]:
+    """Makes a VideoError of what FFmpeg raises."""
+    try:
+        yield
+    except av.FFmpegError as error:
+        raise VideoError("undecodable_video", path, f"reading it fails ({error.strerror})") from error
 
 
 def _why_not_opened(path: PathLike, error: Exception) -> VideoError:
@@ -239,15 +279,23 @@ def _why_not_opened(path: PathLike, error: Exception) -> VideoError:
 
 
 def video_stream(container: InputContainer, path: PathLike) -> VideoStream:
-    """The video stream that a player would show, set to decode on one thread."""
-    stream: Any = container.streams.best("video")
-    if stream is None:
+    """The main video stream, set to decode on one thread; the file's other streams are no longer read.
+
+    Of several: those marked as default before the others, then the largest picture, then the first. Cover pictures and
+    streams without a decoder do not count.
+    """
+    streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+    if not streams:
         raise VideoError("not_a_video", path, "it has no video stream")
-    if stream.codec_context is None or not stream.time_base:
+    decodable = [stream for stream in streams if stream.codec_context is not None and stream.time_base]
+    if not decodable:
         raise VideoError("undecodable_video", path, "there is no decoder for its codec")
-    stream.codec_context.thread_count = 1
-    assert isinstance(stream, VideoStream)
-    return stream
+    main = max(decodable, key=lambda s: (bool(s.disposition & Disposition.default), s.width * s.height, -s.index))
+    for stream in container.streams:
+        if stream is not main:
+            stream.discard = Discard.all
+    main.codec_context.thread_count = 1
+    return main
 
 
 def decode_from_start(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
@@ -258,7 +306,22 @@ def decode_from_start(container: InputContainer, stream: VideoStream) -> Iterato
 def decode_from_key(
     container: InputContainer, stream: VideoStream, index: VideoIndex, key: int, path: PathLike
 ) -> Iterator[VideoFrame]:
-    """Frames in presentation order, starting at or before keyframe number `key`.
+    """Frames in presentation order, starting at or before keyframe number `key`."""
+    packets = packets_from_key(container, stream, index, key)
+    first = next(packets, None)
+    if first is None:  # the format cannot seek at all
+        with open_video(path) as fresh:
+            yield from decode_from_start(fresh, video_stream(fresh, path))
+        return
+    yield from _decode_packet(first)
+    for packet in packets:
+        yield from _decode_packet(packet)
+
+
+def packets_from_key(
+    container: InputContainer, stream: VideoStream, index: VideoIndex, key: int
+) -> Iterator[av.Packet]:
+    """Packets in decoding order, starting at or before keyframe number `key`; none where the format cannot seek.
 
     Containers disagree on which timestamps a seek compares (MP4 uses decoding times), so the landing place is checked,
     and an earlier keyframe is tried when it lies behind the one that is needed.
@@ -268,15 +331,14 @@ def decode_from_key(
         packets = container.demux(stream)
         first = next(packets, None)
         if first is not None and first.pts is not None and first.pts <= index.key_pts[key]:
-            yield from _decode_packet(first)
-            for packet in packets:
-                yield from _decode_packet(packet)
+            yield first
+            yield from packets
             return
-    with open_video(path) as fresh:  # the format cannot seek at all
-        yield from decode_from_start(fresh, video_stream(fresh, path))
 
 
 def _decode_packet(packet: av.Packet) -> Sequence[VideoFrame]:
+    if packet.size == 0 and packet.dts is not None:  # a dropped frame; the decoder would take it for the end
+        return ()
     try:
         return packet.decode()  # type: ignore[return-value]
     except av.FFmpegError:  # a damaged packet; a wanted frame that is lost with it is noticed by its absence

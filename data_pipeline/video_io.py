@@ -14,19 +14,17 @@ from __future__ import annotations
 import io
 import os
 import tempfile
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
-from av.container import InputContainer
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
-from av.video.stream import VideoStream
 from PIL import Image
 from pydantic import Field, PositiveInt, field_validator
 
@@ -41,17 +39,16 @@ from .video_index import (
     decode_from_start,
     file_identity,
     index_video,
-    open_video,
+    open_container,
+    reading,
     video_stream,
 )
+from .video_pixels import EXACT, Picture, RgbConverter, Window
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".ts", ".m4v")
 
-# swscale's default conversion is faster but darkens every picture by one level; these flags leave no bias, and give the
-# same bits on every processor.
-_EXACT = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
 _MAX_SKIPPED_FRAMES = 8  # decoding up to this many unwanted frames is cheaper than a seek
-_SQUARE_TOLERANCE = 0.01  # pixel aspect ratios closer to 1 than this are rounding (224/225), not geometry
+_MAX_OPEN_FILES = 4  # an episode's views; a decoder of 1080p holds up to 60 MB of reference frames
 
 
 @dataclass(frozen=True)
@@ -77,35 +74,22 @@ class VideoInfo:
 
 def probe_video(path: PathLike) -> VideoInfo:
     """Properties of a video. Reads every packet header and decodes one frame; VideoError when the file is unusable."""
-    return _cached_probe(*file_identity(path))
-
-
-@lru_cache(maxsize=256)
-def _cached_probe(path: str, size: int, mtime_ns: int) -> VideoInfo:
     index = index_video(path)
-    with open_video(path) as container:
-        stream = video_stream(container, path)
-        frame = next(decode_from_start(container, stream), None)
-        if frame is None:
-            raise VideoError("undecodable_video", path, f"no frame of its {len(index.pts)} decodes")
-        width, height = _square_pixel_size(frame, stream)
-        if _orientation(frame)[0]:
-            width, height = height, width
-        fps, is_variable = _frame_rate(index, stream)
-        return VideoInfo(
-            codec=stream.codec_context.codec.canonical_name,
-            pix_fmt=frame.format.name,
-            width=width,
-            height=height,
-            num_frames=len(index.pts),
-            fps=fps,
-            duration_s=index.duration_s,
-            start_s=float(int(index.pts[0]) * index.time_base),
-            rotation=frame.rotation % 360,
-            pixel_aspect=_pixel_aspect(stream),
-            is_variable_rate=is_variable,
-            size_bytes=size,
-        )
+    fps, is_variable = _frame_rate(index)
+    return VideoInfo(
+        codec=index.codec,
+        pix_fmt=index.picture.pix_fmt,
+        width=index.picture.width,
+        height=index.picture.height,
+        num_frames=len(index.pts),
+        fps=fps,
+        duration_s=index.duration_s,
+        start_s=float(int(index.pts[0]) * index.time_base),
+        rotation=index.picture.rotation,
+        pixel_aspect=index.picture.pixel_aspect,
+        is_variable_rate=is_variable,
+        size_bytes=os.path.getsize(path),
+    )
 
 
 def frame_times(path: PathLike) -> np.ndarray:
@@ -113,10 +97,14 @@ def frame_times(path: PathLike) -> np.ndarray:
     return index_video(path).times_s()
 
 
-def decode_frames(path: PathLike, frame_indices: Sequence[int] | np.ndarray) -> np.ndarray:
+def decode_frames(
+    path: PathLike, frame_indices: Sequence[int] | np.ndarray, view: ViewConfig | None = None
+) -> np.ndarray:
     """The frames at these positions in presentation order (any order, repeats allowed): uint8 RGB [f h w 3].
 
-    Starts at the nearest keyframe before each run of wanted frames and stops after its last one.
+    Decodes from the nearest keyframe before each run of wanted frames to its last one; a call that asks for what comes
+    next goes on where the last one stopped. With a view, what `prepare_view` makes of the frames, for a fraction of its
+    time: both scale the same window, but round differently (by a level, by more at hard edges between colours).
     """
     index = index_video(path)
     positions = np.asarray(frame_indices, dtype=np.int64)
@@ -129,15 +117,17 @@ def decode_frames(path: PathLike, frame_indices: Sequence[int] | np.ndarray) -> 
             f"frame {positions.min()} to {positions.max()} of a video with {len(index.pts)} frames",
         )
     wanted, row_of_position = np.unique(positions, return_inverse=True)
-    with open_video(path) as container:
-        stream = video_stream(container, path)
-        frames = _collect(container, stream, index, wanted, path)
+    converter = _converter(index.picture, view)
+    frames = np.empty((len(wanted), converter.height, converter.width, 3), dtype=np.uint8)
+    with _reader(path, index) as reader:
+        for row, position in enumerate(wanted.tolist()):
+            converter.convert(reader.frame(position), frames[row])
     is_already_in_order = len(wanted) == len(positions) and bool(np.all(wanted == positions))
     return frames if is_already_in_order else frames[row_of_position]
 
 
 def decode_at_times(path: PathLike, times_s: Sequence[float] | np.ndarray) -> np.ndarray:
-    """The frame on screen at each time, relative to the first frame: uint8 RGB [f h w 3]."""
+    """The frame that starts nearest to each time, relative to the first frame: uint8 RGB [f h w 3]."""
     return decode_frames(path, frame_indices_at(path, times_s))
 
 
@@ -146,111 +136,117 @@ def decode_clip(data: bytes) -> np.ndarray:
     try:
         with av.open(io.BytesIO(data), "r", options=dict(OPEN_OPTIONS)) as container:
             stream = video_stream(container, "clip")
-            writer = _RgbWriter(stream, stream.frames)
+            frames = np.empty((0, 0, 0, 3), dtype=np.uint8)
             row = 0
             for frame in container.decode(stream):
-                writer.write(row, frame)
+                if row == 0:
+                    converter = RgbConverter(Picture.of(frame, stream))
+                    frames = np.empty((stream.frames, converter.height, converter.width, 3), dtype=np.uint8)
+                converter.convert(frame, frames[row])
                 row += 1
             if row < stream.frames or row == 0:
                 raise VideoError("truncated_video", "clip", f"{row} of its {stream.frames} frames decode")
-            return writer.frames
+            return frames
     except (av.FFmpegError, IndexError) as error:
         raise VideoError("undecodable_video", "clip", str(error)) from error
 
 
 def frame_indices_at(path: PathLike, times_s: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Index of the frame whose presentation interval covers each time (relative to the first frame): int64."""
+    """Index of the frame that starts nearest to each time (relative to the first frame; a tie: the earlier): int64.
+
+    Nearest, not the one on screen: a player shows a frame until the next one comes, so what it shows was captured up to
+    a whole interval ago (and longer where frames were dropped), the nearest one at most half of it.
+    """
     index = index_video(path)
     starts, end = index.times_s(), index.duration_s
     times = np.asarray(times_s, dtype=np.float64)
     interval = end / len(starts)
-    # Timestamps are rounded to ticks (milliseconds in Matroska): without tolerance, t = 2/12 s would fall before 0.167.
-    tolerance = min(float(index.time_base), 0.1 * interval) + 1e-9
+    tolerance = min(float(index.time_base), 0.1 * interval) + 1e-9  # timestamps are rounded to ticks
     if times.size and (times.min() < -tolerance or times.max() > end + 0.5 * interval):
         raise VideoError(
             "out_of_range", path, f"time {times.min():.3f} to {times.max():.3f} s of a video of {end:.3f} s"
         )
-    return np.clip(np.searchsorted(starts, times + tolerance, side="right") - 1, 0, len(starts) - 1)
+    return np.searchsorted((starts[1:] + starts[:-1]) / 2, times - 1e-6)  # rounding noise breaks no tie
 
 
-def _collect(
-    container: InputContainer, stream: VideoStream, index: VideoIndex, wanted: np.ndarray, path: PathLike
-) -> np.ndarray:
-    """Decode the wanted positions (sorted, unique) in as few seeks as it takes."""
-    writer = _RgbWriter(stream, len(wanted))
-    row = 0
-    while row < len(wanted):
-        if index.can_seek:
-            frames = decode_from_key(container, stream, index, index.key_before(wanted[row]), path)
-        else:
-            frames = decode_from_start(container, stream)
-        for count, frame in enumerate(frames):
-            position = index.position(frame) if index.can_seek else count
-            if position is None or position < wanted[row]:
-                continue
-            if position > wanted[row] or frame.is_corrupt:
-                raise VideoError("undecodable_video", path, f"frame {wanted[row]} is damaged")
-            writer.write(row, frame)
-            row += 1
-            if row == len(wanted) or index.num_skipped(position, wanted[row]) > _MAX_SKIPPED_FRAMES:
-                break  # done, or it pays to seek over the gap
-        else:
-            raise VideoError("undecodable_video", path, f"frame {wanted[row]} does not decode")
-    return writer.frames
+class _Reader:
+    """An open video and how far it has been decoded: what comes next costs no seek."""
+
+    def __init__(self, path: PathLike, index: VideoIndex) -> None:
+        self._path = path
+        self._index = index
+        self._open()
+
+    def _open(self) -> None:
+        self._container = open_container(self._path)
+        self._stream = video_stream(self._container, self._path)
+        self._frames = enumerate(decode_from_start(self._container, self._stream))
+        self._current: VideoFrame | None = None
+        self._position = -1  # of the current frame
+
+    def close(self) -> None:
+        self._container.close()
+
+    def frame(self, position: int) -> VideoFrame:
+        key = self._index.key_before(position)
+        if key not in self._index.damaged_keys:
+            is_ahead = position >= self._position
+            if not is_ahead or self._index.num_skipped(self._position, position) > _MAX_SKIPPED_FRAMES:
+                self._go_to(key)
+            frame = self._decode_up_to(position)
+            if frame is None and key > 0:
+                # Some keyframes only begin a gradual refresh: the picture is whole a group of pictures later.
+                self._go_to(key - 1)
+                frame = self._decode_up_to(position)
+            if frame is not None:
+                return frame
+        raise VideoError("undecodable_video", self._path, f"frame {position} is damaged")
+
+    def _go_to(self, key: int) -> None:
+        if not self._index.can_seek:  # no timestamps to seek by: frames are counted from the start
+            self.close()
+            self._open()
+            return
+        self._current, self._position = None, -1
+        self._frames = enumerate(decode_from_key(self._container, self._stream, self._index, key, self._path))
+
+    def _decode_up_to(self, position: int) -> VideoFrame | None:
+        """The frame at this position, which lies ahead; None where it does not decode."""
+        while self._position < position:
+            count, self._current = next(self._frames, (0, None))
+            if self._current is None:
+                self._position = len(self._index.pts)
+                return None
+            place = self._index.position(self._current) if self._index.can_seek else count
+            self._position = self._position if place is None else place
+        is_it = self._position == position and self._current is not None and not self._current.is_corrupt
+        return self._current if is_it else None
 
 
-class _RgbWriter:
-    """Converts decoded frames into one preallocated uint8 [f h w 3] array: upright, square pixels, right colours."""
-
-    def __init__(self, stream: VideoStream, num_frames: int) -> None:
-        self._stream = stream
-        self._reformatter = VideoReformatter()  # keeps its scaling tables between frames
-        self._num_frames = num_frames
-        self._size: tuple[int, int] | None = None
-        self.frames = np.empty((0, 0, 0, 3), dtype=np.uint8)
-
-    def write(self, row: int, frame: VideoFrame) -> None:
-        if self._size is None:  # a stream that changes size midway is scaled to the size it starts with
-            self._size = _square_pixel_size(frame, self._stream)
-        width, height = self._size
-        rgb = self._reformatter.reformat(
-            frame, width=width, height=height, format="rgb24", interpolation=Interpolation.BILINEAR | _EXACT, threads=1
-        ).to_ndarray()
-        swaps_axes, flip_x, flip_y = _orientation(frame)
-        if swaps_axes:
-            rgb = rgb.swapaxes(0, 1)
-        rgb = rgb[:: -1 if flip_y else 1, :: -1 if flip_x else 1]
-        if row == 0:
-            self.frames = np.empty((self._num_frames, *rgb.shape), dtype=np.uint8)
-        self.frames[row] = rgb
+_idle_readers: OrderedDict[tuple[str, int, int], _Reader] = OrderedDict()
+os.register_at_fork(after_in_child=_idle_readers.clear)  # parent and child would move each other's place in the file
 
 
-def _orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
-    """(swap axes, flip x, flip y) that bring the stored picture upright, from the display matrix.
-
-    The matrix maps stored (x, y) to shown (a x + c y, b x + d y); only right angles and mirrors are honoured.
-    """
-    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
-        return False, False, False
-    a, b, _, c, d = np.frombuffer(bytes(matrix), dtype=np.int32)[:5]
-    swaps_axes = abs(int(b)) > abs(int(a))
-    return swaps_axes, bool((c if swaps_axes else a) < 0), bool((b if swaps_axes else d) < 0)
-
-
-def _square_pixel_size(frame: VideoFrame, stream: VideoStream) -> tuple[int, int]:
-    return max(1, round(frame.width * _pixel_aspect(stream))), frame.height
-
-
-def _pixel_aspect(stream: VideoStream) -> float:
-    ratio = float(stream.sample_aspect_ratio or 1)
-    is_square = abs(ratio - 1) < _SQUARE_TOLERANCE or not 0.1 < ratio < 10
-    return 1.0 if is_square else ratio
+@contextmanager
+def _reader(path: PathLike, index: VideoIndex) -> Iterator[_Reader]:
+    """A reader of this file for one caller; afterwards it stays open for the next one."""
+    identity = file_identity(path)
+    reader = _idle_readers.pop(identity, None)
+    with reading(path):
+        reader = reader or _Reader(path, index)
+        try:
+            yield reader
+        except BaseException:
+            reader.close()
+            raise
+    _idle_readers[identity] = reader
+    while len(_idle_readers) > _MAX_OPEN_FILES:
+        _idle_readers.popitem(last=False)[1].close()
 
 
-def _frame_rate(index: VideoIndex, stream: VideoStream) -> tuple[float, bool]:
+def _frame_rate(index: VideoIndex) -> tuple[float, bool]:
     """(average fps, whether intervals vary). The header's rate wins where the timestamps agree with it."""
-    nominal = float(stream.average_rate or 0)
+    nominal = index.average_rate
     if len(index.pts) < 2:
         return nominal or 1.0, False
     intervals = np.diff(index.pts)
@@ -305,17 +301,21 @@ def encode_video(
             "crf": str(crf),
             "preset": preset,
             # mbtree: x264's vector code for it is not reproducible, one small clip in a hundred came out different
+            # chromaloc: colours are averaged over 2x2 pixels, so they lie in their centre, not at the left as H.264
+            # assumes; unsaid, they would move by half a pixel
             "x264-params": f"keyint={gop}:min-keyint={gop}:scenecut=0:open-gop=0:mbtree=0:threads=1"
-            ":lookahead-threads=1",
+            ":lookahead-threads=1:chromaloc=1",
         }
+        picture = VideoFrame(width, height, "rgb24")  # one for all: swscale needs its padding, and a new one costs time
+        pixels = np.frombuffer(memoryview(picture.planes[0]), np.uint8).reshape(height, -1)[:, : 3 * width]
         for position, rgb in enumerate(frames):
-            frame = VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
+            pixels[:] = rgb.reshape(height, 3 * width)
             frame = reformatter.reformat(
-                frame,
+                picture,
                 format=pix_fmt,
                 dst_colorspace=Colorspace.SMPTE170M,
                 dst_color_range=ColorRange.MPEG,
-                interpolation=Interpolation.BICUBIC | _EXACT,
+                interpolation=Interpolation.BICUBIC | EXACT,
                 threads=1,
             )
             frame.pts = position
@@ -353,20 +353,35 @@ def prepare_view(frames: np.ndarray, view: ViewConfig) -> np.ndarray:
     """
     if view.rotate_180:
         frames = frames[:, ::-1, ::-1]
-    if view.crop is not None:
-        top, left, crop_height, crop_width = view.crop
-        if top + crop_height > frames.shape[1] or left + crop_width > frames.shape[2]:
-            raise ValueError(f"crop {view.crop} leaves the {frames.shape[1]}x{frames.shape[2]} picture")
-        frames = frames[:, top : top + crop_height, left : left + crop_width]
-    height, width = frames.shape[1:3]
+    top, left, height, width = view_window(frames.shape[1], frames.shape[2], view)
+    frames = frames[:, top : top + height, left : left + width]
     if (height, width) == (view.height, view.width):
         return np.ascontiguousarray(frames)
-    scale = min(height / view.height, width / view.width)
-    left_edge = max(0.0, (width - view.width * scale) / 2)  # max: rounding can leave -1e-15, which Pillow refuses
-    top_edge = max(0.0, (height - view.height * scale) / 2)
-    window = (left_edge, top_edge, width - left_edge, height - top_edge)
     resized = np.empty((len(frames), view.height, view.width, 3), dtype=np.uint8)
     for row, rgb in enumerate(frames):
         image = Image.fromarray(np.ascontiguousarray(rgb))
-        resized[row] = np.asarray(image.resize((view.width, view.height), Image.Resampling.BILINEAR, box=window))
+        resized[row] = np.asarray(image.resize((view.width, view.height), Image.Resampling.BILINEAR))
     return resized
+
+
+def view_window(height: int, width: int, view: ViewConfig) -> Window:
+    """The part of an upright (and, if the view says so, turned) picture that the view shows.
+
+    The largest centred one of the view's shape. Its corner lies at even pixels, where H.264 has its colour samples.
+    """
+    top, left, crop_height, crop_width = view.crop or (0, 0, height, width)
+    if top + crop_height > height or left + crop_width > width:
+        raise ValueError(f"crop {view.crop} leaves the {height}x{width} picture")
+    scale = min(crop_height / view.height, crop_width / view.width)
+    window_height = min(crop_height, max(1, round(view.height * scale)))
+    window_width = min(crop_width, max(1, round(view.width * scale)))
+    top += (crop_height - window_height) // 4 * 2
+    left += (crop_width - window_width) // 4 * 2
+    return Window(top, left, window_height, window_width)
+
+
+def _converter(picture: Picture, view: ViewConfig | None) -> RgbConverter:
+    if view is None:
+        return RgbConverter(picture)
+    window = view_window(picture.height, picture.width, view)
+    return RgbConverter(picture, window, (view.height, view.width), view.rotate_180)

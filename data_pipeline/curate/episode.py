@@ -14,17 +14,23 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from configs.loader import StrictConfig
+from configs.loader import StrictConfig, UserError
 
-from ..align import AlignedControl, ClipClock, align_control
+from ..align import AlignedControl, ClipClock, align_control, row_times_problem
 from ..dataset import code_version
 from ..embodiments import Embodiment
 from ..sample import SCHEMA_VERSION, VIEW_NAME, Sample, SampleMeta, SourceMeta, ViewMeta
 from ..shards import TarWriter, tar_records
-from ..sources import AnySourceConfig, Episode, Footage, Source, SourceError, open_source
+from ..sources import AnySourceConfig, Episode, Footage, Source, SourceError, VideoSegment, open_source
 from ..staging import EpisodeRecord, Rejection, StagedClip, Staging, digest, forget_record, write_record
-from ..video_io import VideoError, ViewConfig, encode_video, prepare_view
-from .clips import MIN_RATE_SHARE, clip_key, clip_starts, motion_score, view_role
+from ..video_io import VideoError, ViewConfig, decode_frames, encode_video, prepare_view
+from .clips import clip_key, view_role
+from .cutting import ClipShape, cut_episode
+from .filters import FilterConfig, broken_rule, filter_scores
+from .fingerprints import clip_phash, footage_sha256
+from .idle import IdleConfig
+from .letterbox import crop_letterbox
+from .shots import ShotConfig
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +58,9 @@ class CuratePlan(StrictConfig):
     stride: int
     actions_per_frame: int
     crf: int
+    shots: ShotConfig = ShotConfig()
+    idle: IdleConfig = IdleConfig()
+    filters: FilterConfig = FilterConfig()
 
     def identity(self, source: str) -> str:
         """Of everything but the recording itself that a source's clips follow from."""
@@ -109,10 +118,16 @@ def curate_episode(
     source_plan = plan.sources[source_name]
     try:
         episode = source.read_episode(episode_id)
-        starts = _plan_clips(plan, episode)
         footages = select_views(episode, source_plan.config.view_map, plan.views)
-        blocks = _plan_blocks(plan, footages, episode, starts)
         _check_control(episode, source_plan.embodiment)
+        shape = ClipShape(plan.fps, plan.num_frames, plan.stride)
+        cutting = cut_episode(episode, footages, source_plan.embodiment, shape, plan.shots, plan.idle)
+        notes = cutting.notes
+        if plan.filters.crop_letterbox:
+            views, cropped = crop_letterbox(plan.views, footages, episode)
+            plan, notes = plan.model_copy(update={"views": views}), (*notes, *cropped)
+        blocks = _plan_blocks(plan, footages, episode, cutting.starts)
+        resolution = {view: _resolution(footage, plan.views[view]) for view, footage in footages.items()}
     except Exception as error:
         return rejected_episode(source_name, episode_id, _rejection(error, _where(source_plan, episode_id)))
 
@@ -123,7 +138,9 @@ def curate_episode(
         try:
             if isinstance(pixels, Exception):
                 raise pixels
-            sample = _make_sample(plan, episode, embodiment, clip, pixels)
+            scores = filter_scores(pixels, resolution, plan.filters.aesthetic)
+            _check_filters(plan.filters, scores, episode.uri)
+            sample = _make_sample(plan, episode, embodiment, clip, pixels, scores)
             records = tar_records(sample.to_members())
         except Exception as error:
             where = f"{episode.uri}: clip {clip.index} at {clip.clock.start_s:.2f} s"
@@ -137,6 +154,7 @@ def curate_episode(
                 motion=sample.meta.filter_scores["motion"],
                 offset=writer.add(records),
                 num_bytes=len(records),
+                phash=clip_phash(pixels),
             )
         )
     return EpisodeRecord(
@@ -145,10 +163,11 @@ def curate_episode(
         content_sha256=episode.content_sha256,
         embodiment=embodiment.name if embodiment else None,
         has_actions=embodiment is not None,
-        found=len(starts),
+        found=len(cutting.starts),
         clips=tuple(clips),
         rejected=tuple(rejected),
-        repairs=episode.repairs,
+        repairs=(*episode.repairs, *notes),
+        video_sha256=_video_sha256(footages),
     )
 
 
@@ -188,21 +207,11 @@ def _rejection(error: Exception, where: str) -> Rejection:
             return Rejection(where=where, reason=error.reason, detail=f"{error.path}: {error.detail}")
         case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE):
             raise error  # this machine's fault, not the recording's: the build stops and can go on later
+        case UserError():
+            raise error  # a package or weights that the config asks for are missing
         case _:
             logger.error("%s: unexpected error", where, exc_info=error)
             return Rejection(where=where, reason="unexpected_error", detail=f"{type(error).__name__}: {error}")
-
-
-def _plan_clips(plan: CuratePlan, episode: Episode) -> list[int]:
-    if episode.fps < MIN_RATE_SHARE * plan.fps:
-        detail = f"{episode.fps:g} frames/s for clips of {plan.fps:g}"
-        raise RejectedError(Rejection(where=episode.uri, reason="frame_rate_too_low", detail=detail))
-    starts = clip_starts(episode.num_frames, episode.fps, plan.fps, plan.num_frames, plan.stride)
-    if not starts:
-        clip_s, episode_s = (plan.num_frames - 1) / plan.fps, (episode.num_frames - 1) / episode.fps
-        detail = f"its {episode.num_frames} frames span {episode_s:.2f} s, a clip {clip_s:.2f} s"
-        raise RejectedError(Rejection(where=episode.uri, reason="too_short", detail=detail))
-    return starts
 
 
 def _check_control(episode: Episode, embodiment: Embodiment | None) -> None:
@@ -215,6 +224,24 @@ def _check_control(episode: Episode, embodiment: Embodiment | None) -> None:
             f"{embodiment.action_dim} and {embodiment.proprio_dim}"
         )
         raise RejectedError(Rejection(where=episode.uri, reason="wrong_dimensions", detail=detail))
+    problem = row_times_problem(episode.control_times_s, len(episode.actions))
+    if problem is not None:
+        raise RejectedError(Rejection(where=episode.uri, reason="bad_control_times", detail=problem))
+
+
+def _check_filters(config: FilterConfig, scores: dict[str, float], where: str) -> None:
+    broken = broken_rule(scores, config)
+    if broken is not None:
+        raise RejectedError(Rejection(where=where, reason=broken[0], detail=broken[1]))
+
+
+def _video_sha256(footages: dict[str, Footage]) -> str | None:
+    """Of the compressed frames of all views, where all are video that can be read to its end."""
+    try:
+        hashes = {view: footage_sha256(footage) for view, footage in footages.items()}
+    except VideoError:
+        return None
+    return None if None in hashes.values() else digest(hashes)
 
 
 # --- views --------------------------------------------------------------------------------------------------------
@@ -287,6 +314,12 @@ def _block_frames(footage: Footage, view: ViewConfig, episode: Episode) -> int:
     return max(1, DECODE_BYTES // (info.width * info.height * 3))
 
 
+def _resolution(footage: Footage, view: ViewConfig) -> int:
+    """Shorter side of what was recorded, or of what is used of it."""
+    info = footage.info()
+    return min(view.crop[2:] if view.crop is not None else (info.height, info.width))
+
+
 def _decode_clips(
     plan: CuratePlan, footages: dict[str, Footage], blocks: list[list[_Clip]]
 ) -> Iterator[tuple[_Clip, _Pixels | Exception]]:
@@ -301,7 +334,7 @@ def _decode_block(plan: CuratePlan, footages: dict[str, Footage], block: list[_C
         videos: list[_Pixels] = [{} for _ in block]
         for view, footage in footages.items():
             wanted = np.unique(np.concatenate([clip.frames[view] for clip in block]))
-            pixels = prepare_view(footage.read(wanted.tolist()), plan.views[view])
+            pixels = _read_view(footage, wanted.tolist(), plan.views[view])
             for video, clip in zip(videos, block, strict=True):
                 video[view] = pixels[np.searchsorted(wanted, clip.frames[view])]
         return list(videos)
@@ -312,11 +345,22 @@ def _decode_block(plan: CuratePlan, footages: dict[str, Footage], block: list[_C
         return [*_decode_block(plan, footages, block[:half]), *_decode_block(plan, footages, block[half:])]
 
 
+def _read_view(footage: Footage, positions: Sequence[int], view: ViewConfig) -> np.ndarray:
+    if type(footage) is VideoSegment:  # scaled while it is decoded: going by the full picture takes five times as long
+        return decode_frames(footage.path, positions, view)
+    return prepare_view(footage.read(positions), view)
+
+
 # --- the sample ---------------------------------------------------------------------------------------------------
 
 
 def _make_sample(
-    plan: CuratePlan, episode: Episode, embodiment: Embodiment | None, clip: _Clip, pixels: _Pixels
+    plan: CuratePlan,
+    episode: Episode,
+    embodiment: Embodiment | None,
+    clip: _Clip,
+    pixels: _Pixels,
+    scores: dict[str, float],
 ) -> Sample:
     control = _align(episode, embodiment, clip)
     meta = SampleMeta(
@@ -338,7 +382,7 @@ def _make_sample(
         has_actions=control is not None,
         success=episode.success,
         action_spans=control.spans if control else (),
-        filter_scores={"motion": round(float(np.mean([motion_score(v) for v in pixels.values()])), 6)},
+        filter_scores=scores,
     )
     return Sample(
         key=clip_key(
@@ -360,10 +404,11 @@ def _make_sample(
 def _align(episode: Episode, embodiment: Embodiment | None, clip: _Clip) -> AlignedControl | None:
     if embodiment is None or episode.actions is None:
         return None
-    hz = episode.control_hz or embodiment.control_hz
-    control = align_control(episode.actions, episode.proprio, hz, clip.clock, embodiment.gripper_actions)
+    own_times = episode.control_times_s
+    recorded = own_times if own_times is not None else episode.control_hz or embodiment.control_hz
+    control = align_control(episode.actions, episode.proprio, recorded, clip.clock, embodiment)
     if not control.spans:
-        detail = "none of its actions was recorded as a finite number"
+        detail = "none of its actions was recorded: they are no finite numbers, or nothing was recorded at their time"
         raise RejectedError(
             Rejection(where=f"{episode.uri}: clip {clip.index}", reason="no_valid_actions", detail=detail)
         )

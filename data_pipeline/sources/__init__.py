@@ -12,10 +12,21 @@ from pydantic import Field
 from configs.loader import UserError
 
 from ..video_io import VIDEO_SUFFIXES
+from .aloha import AlohaConfig, AlohaSource, find_aloha
 from .base import Episode, Footage, Source, SourceConfig, SourceError, VideoSegment
+from .droid import DroidConfig, DroidSource, find_droid
+from .egodex import EgoDexConfig, EgoDexSource, find_egodex
 from .lerobot import LeRobotConfig, LeRobotSource
 from .lerobot_metadata import dataset_roots
+from .npz import NpzConfig, NpzSource, find_npz
+from .rlds import RldsConfig, RldsSource
+from .rlds_metadata import find_builders
+from .robomimic import RobomimicConfig, RobomimicSource, find_robomimic
+from .ros import RosConfig, RosSource
+from .ros_bag import BAG_SUFFIXES, find_bags
 from .video_folder import VideoFolderConfig, VideoFolderSource, find_videos
+from .video_json import VideoJsonConfig, VideoJsonSource, names_videos
+from .zarr_replay import ZarrConfig, ZarrSource, find_buffers
 
 
 @dataclass(frozen=True)
@@ -30,12 +41,36 @@ class Format:
 
 FORMATS: dict[str, Format] = {  # detected in this order: a format that holds video files comes before plain video
     "lerobot": Format(LeRobotConfig, LeRobotSource, dataset_roots, "a LeRobot dataset (meta/info.json)"),
+    "droid": Format(DroidConfig, DroidSource, find_droid, "DROID episodes (metadata_….json beside trajectory.h5)"),
+    "egodex": Format(EgoDexConfig, EgoDexSource, find_egodex, "EgoDex episodes (0.hdf5 beside 0.mp4)"),
+    "aloha": Format(
+        AlohaConfig, AlohaSource, find_aloha, "ALOHA episodes (HDF5 with /action and /observations/images)"
+    ),
+    "robomimic": Format(RobomimicConfig, RobomimicSource, find_robomimic, "robomimic or LIBERO HDF5 (/data/demo_0)"),
+    "rlds": Format(RldsConfig, RldsSource, find_builders, "an RLDS dataset (features.json beside .tfrecord files)"),
+    "zarr": Format(ZarrConfig, ZarrSource, find_buffers, "Zarr replay buffers (data/ and meta/episode_ends)"),
+    "npz": Format(NpzConfig, NpzSource, find_npz, ".npz files with arrays of pictures"),
+    "ros": Format(RosConfig, RosSource, find_bags, f"ROS recordings ({', '.join(BAG_SUFFIXES)})"),
+    "video_json": Format(VideoJsonConfig, VideoJsonSource, names_videos, "JSON files that name videos"),
     "video_folder": Format(
         VideoFolderConfig, VideoFolderSource, find_videos, f"video files ({', '.join(VIDEO_SUFFIXES)})"
     ),
 }
 
-AnySourceConfig = Annotated[LeRobotConfig | VideoFolderConfig, Field(discriminator="kind")]
+AnySourceConfig = Annotated[
+    LeRobotConfig
+    | DroidConfig
+    | EgoDexConfig
+    | AlohaConfig
+    | RobomimicConfig
+    | RldsConfig
+    | ZarrConfig
+    | NpzConfig
+    | RosConfig
+    | VideoJsonConfig
+    | VideoFolderConfig,
+    Field(discriminator="kind"),
+]
 
 
 def open_source(config: AnySourceConfig) -> Source:
@@ -60,10 +95,12 @@ __all__ = [
     "Episode",
     "Footage",
     "LeRobotConfig",
+    "RosConfig",
     "Source",
     "SourceConfig",
     "SourceError",
     "VideoFolderConfig",
+    "VideoJsonConfig",
     "VideoSegment",
     "detect_kind",
     "open_source",

@@ -51,7 +51,7 @@ class Footage(Protocol):
     def info(self) -> FootageInfo: ...
 
     def positions(self, times_s: Float64[np.ndarray, "f"], fps: float) -> Int64[np.ndarray, "f"]:
-        """Which stored frames are on screen at these times of the episode, whose rate is `fps`."""
+        """Which stored frames are nearest to these times of the episode, whose rate is `fps`."""
         ...
 
     def read(self, positions: Sequence[int]) -> UInt8[np.ndarray, "f h w 3"]:
@@ -75,7 +75,7 @@ class VideoSegment:
     def positions(self, times_s: Float64[np.ndarray, "f"], fps: float) -> Int64[np.ndarray, "f"]:
         if self.start_frame is not None:
             return self.start_frame + nearest_frames(times_s, fps)
-        # No frame count to rely on (a variable rate): the file's own timestamps decide.
+        # No frame count to rely on (a variable rate, dropped frames): the file's own timestamps decide.
         return frame_indices_at(self.path, self.start_s + times_s)
 
     def read(self, positions: Sequence[int]) -> UInt8[np.ndarray, "f h w 3"]:
@@ -155,6 +155,9 @@ class SourceConfig(StrictConfig):
         default=None, description="recorded view name -> view name in the dataset; null: the same names"
     )
     max_episodes: PositiveInt | None = Field(default=None, description="use only the first so many episodes")
+    embodiment_name: str | None = Field(
+        default=None, pattern=r"^[A-Za-z0-9_-]+$", description="name of the robot type; null: the recording's own"
+    )
     embodiment: Embodiment | None = Field(
         default=None, description="the robot's layout, where the recording's own description is missing or wrong"
     )

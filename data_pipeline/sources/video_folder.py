@@ -1,6 +1,7 @@
-"""Action-free video: every video file below a folder is one episode, with a caption from a file beside it.
+"""Action-free video: every video file below a folder is one episode, or every annotated part of one.
 
-A caption for `a/b.mp4` is the text of `a/b.txt`, or a string under one of `CAPTION_KEYS` in `a/b.json`.
+A caption for `a/b.mp4` is the text of `a/b.txt`, or a string under one of `CAPTION_KEYS` in `a/b.json`. Or the setting
+`annotations` names files that caption many videos, or parts of them: see `video_annotations`.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -17,10 +19,11 @@ from pydantic import Field
 from configs.loader import UserError
 
 from ..embodiments import Embodiment
-from ..video_io import VIDEO_SUFFIXES, VideoError, VideoInfo, probe_video
+from ..video_io import VIDEO_SUFFIXES, VideoError, VideoInfo, frame_indices_at, frame_times, probe_video
 from .base import Episode, SourceConfig, SourceError, VideoSegment, content_sha256, key_safe
+from .video_annotations import CAPTION_KEYS, Annotation, read_annotations
 
-CAPTION_KEYS = ("instruction", "caption", "text", "description", "label")
+UNREAD_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".npy", ".npz", ".h5", ".hdf5")
 
 
 class VideoFolderConfig(SourceConfig):
@@ -28,6 +31,10 @@ class VideoFolderConfig(SourceConfig):
 
     kind: Literal["video_folder"] = "video_folder"
     view: str = Field(default="main", pattern=r"^[A-Za-z0-9_-]+$", description="name of the view that the files show")
+    annotations: Path | tuple[Path, ...] = Field(
+        default=(),
+        description="CSV or JSON files with captions of many videos, or of parts of them; relative to `path`",
+    )
 
 
 class VideoFolderSource:
@@ -43,7 +50,7 @@ class VideoFolderSource:
         )
 
     def list_episodes(self) -> list[str]:
-        return sorted(self._files)
+        return sorted(self._parts)
 
     def embodiment(self) -> Embodiment | None:
         return None
@@ -52,23 +59,25 @@ class VideoFolderSource:
         return ()
 
     def read_episode(self, episode_id: str) -> Episode:
-        if episode_id not in self._files:
+        if episode_id not in self._parts:
             raise SourceError("unknown_episode", str(self._root), f"there is no episode {episode_id}")
-        path = self._files[episode_id]
+        path, annotation = self._parts[episode_id]
         try:
             info = probe_video(path)
+            segment, num_frames = _segment(path, info, annotation)
         except VideoError as error:
             raise SourceError(error.reason, str(path), error.detail) from error
-        caption, repairs = _read_caption(path)
+        caption, repairs = (annotation.text, ()) if annotation else _read_caption(path)
         instruction = self._config.instruction or caption
-        segment = VideoSegment(str(path), 0.0, info.num_frames, None if info.is_variable_rate else 0)
+        is_part = annotation is not None and annotation.start_s is not None
+        span = [repr((segment.start_s, num_frames)).encode()] if is_part else []
         return Episode(
             source=self.name,
             episode_id=episode_id,
-            uri=str(path),
+            uri=f"{path}#t={segment.start_s:.2f}" if is_part else str(path),
             views={self._config.view: segment},
             fps=info.fps,
-            num_frames=info.num_frames,
+            num_frames=num_frames,
             actions=None,
             proprio=None,
             control_hz=None,
@@ -76,20 +85,73 @@ class VideoFolderSource:
             instruction=instruction,
             success=None,
             licence=self._config.licence,
-            content_sha256=content_sha256([path], (instruction or "").encode()),
+            content_sha256=content_sha256([path], (instruction or "").encode(), *span),
             repairs=(*video_repairs("The video", info), *repairs),
         )
 
+    def notes(self) -> list[str]:
+        """What lies in the folder and is not read, as sentences for people."""
+        found = _unread_files(self._root, list(self._files.values()))
+        if self._config.annotations:
+            left_out = len(self._files) - len({path for path, _ in self._parts.values()})
+            return [f"{left_out} videos are left out: no annotation names them."] if left_out else []
+        return [*found, *_recurring_names(list(self._files.values()))]
+
     @cached_property
     def _files(self) -> dict[str, Path]:
-        """Episode id -> file. An id depends only on its file's relative path: adding files changes no other id."""
+        """Id -> file. An id depends only on its file's relative path: adding files changes no other id."""
         if not self._root.exists():
             raise UserError(f"{self._root}: there is no such folder; check the path of the video folder.")
-        base = self._root if self._root.is_dir() else self._root.parent
         paths = find_videos(self._root)
         if not paths:
             raise UserError(f"{self._root}: holds no video; files ending in {', '.join(VIDEO_SUFFIXES)} are read.")
-        return {_episode_id(path.relative_to(base)): path for path in paths}
+        return {path_id(path.relative_to(self._base).as_posix()): path for path in paths}
+
+    @cached_property
+    def _parts(self) -> dict[str, tuple[Path, Annotation | None]]:
+        """Episode id -> a video, and what is annotated of it."""
+        given = self._config.annotations
+        files = [given] if isinstance(given, Path) else list(given)
+        if not files:
+            return {name: (path, None) for name, path in self._files.items()}
+        annotations = read_annotations([self._base / file for file in files])
+        parts: dict[str, tuple[Path, Annotation | None]] = {}
+        for name, path in self._files.items():
+            relative = path.relative_to(self._base).with_suffix("").as_posix()
+            for number, annotation in enumerate(annotations.get(relative) or annotations.get(path.stem) or ()):
+                parts[name if annotation.start_s is None else f"{name}_{number:05d}"] = (path, annotation)
+        if not parts:
+            named = next(iter(annotations), "none at all")
+            raise UserError(
+                f"{self._root}: the annotations name none of its {len(self._files)} videos; they name {named}, "
+                f"the first video is {next(iter(self._files.values())).stem}."
+            )
+        return parts
+
+    @property
+    def _base(self) -> Path:
+        return self._root if self._root.is_dir() else self._root.parent
+
+
+def _segment(path: Path, info: VideoInfo, annotation: Annotation | None) -> tuple[VideoSegment, int]:
+    """The part of the video that an annotation is about, from the frame nearest to its start, and its length."""
+    constant_rate_start = None if info.is_variable_rate else 0
+    if annotation is None or annotation.start_s is None:
+        return VideoSegment(str(path), 0.0, info.num_frames, constant_rate_start), info.num_frames
+    start_s, stop_s = max(annotation.start_s, 0.0), annotation.stop_s
+    if stop_s is None or not start_s < stop_s:  # not a number, too
+        raise SourceError("bad_record", str(path), f"an annotation lasts from {annotation.start_s} to {stop_s} s")
+    if start_s >= info.duration_s:
+        raise SourceError(
+            "out_of_range", str(path), f"an annotation starts at {start_s:.2f} s of a video of {info.duration_s:.2f} s"
+        )
+    times = frame_times(path)
+    first = int(frame_indices_at(path, [start_s])[0])
+    if info.is_variable_rate:
+        num_frames = max(1, int((min(stop_s, info.duration_s) - start_s) * info.fps))
+        return VideoSegment(str(path), start_s, num_frames, None), num_frames
+    end = max(first + 1, int(times.searchsorted(stop_s - 0.01 / info.fps)))
+    return VideoSegment(str(path), float(times[first]), end - first, first), end - first
 
 
 def find_videos(root: Path) -> list[Path]:
@@ -117,9 +179,10 @@ def video_repairs(name: str, info: VideoInfo) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _episode_id(relative: Path) -> str:
-    readable = key_safe(str(relative.with_suffix("")))[-60:].strip("_")
-    return f"{readable}_{hashlib.sha256(relative.as_posix().encode()).hexdigest()[:8]}"
+def path_id(relative: str) -> str:
+    """An episode id that depends on nothing but a relative path (and what follows it)."""
+    readable = key_safe(os.path.splitext(relative)[0])[-60:].strip("_")
+    return f"{readable}_{hashlib.sha256(relative.encode()).hexdigest()[:8]}"
 
 
 def _read_caption(video: Path) -> tuple[str | None, tuple[str, ...]]:
@@ -135,3 +198,54 @@ def _read_caption(video: Path) -> tuple[str | None, tuple[str, ...]]:
     except (OSError, ValueError) as error:
         return None, (f"The caption beside {video.name} cannot be read ({error}): the episode has none.",)
     return None, ()
+
+
+# --- what is not read ------------------------------------------------------------------------------------------------
+
+
+def _unread_files(root: Path, videos: list[Path]) -> list[str]:
+    """Sentences about annotation files near the videos that nobody reads."""
+    captions = {video.with_suffix(".json") for video in videos}
+    found: Counter[str] = Counter()
+    for folder, folders, names in os.walk(root if root.is_dir() else root.parent):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = [Path(folder, name) for name in names if not name.startswith(".")]
+        found.update(path.suffix.lower() for path in paths if path not in captions)
+    counts = ", ".join(f"{found[suffix]} {suffix[1:]}" for suffix in UNREAD_SUFFIXES if found[suffix])
+    notes = []
+    if counts:
+        notes.append(
+            f"Files that are not read lie with the videos ({counts}): kind video_json reads actions and texts from "
+            "JSON and npy, the setting `annotations` captions and segments from JSON and CSV."
+        )
+    with_numbers = [path for path in sorted(captions) if path.is_file() and _holds_number_lists(path)][:1]
+    if with_numbers:
+        notes.append(
+            f"{with_numbers[0].name} holds lists of numbers, perhaps actions: only its caption is read. Kind "
+            'video_json reads them too, with video_keys: {main: "{stem}' + videos[0].suffix + '"}.'
+        )
+    return notes
+
+
+def _holds_number_lists(path: Path) -> bool:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    lists = [value for value in data.values() if isinstance(value, list)] if isinstance(data, dict) else []
+    return any(len(value) > 4 and isinstance(value[0], int | float | list) for value in lists)
+
+
+def _recurring_names(videos: list[Path]) -> list[str]:
+    """A folder per episode with a file per camera looks like this: the same few names in every folder."""
+    by_folder: dict[Path, set[str]] = {}
+    for video in videos:
+        by_folder.setdefault(video.parent, set()).add(video.name)
+    sets = Counter(frozenset(names) for names in by_folder.values())
+    names, count = sets.most_common(1)[0]
+    if count < 2 or len(names) < 2:
+        return []
+    return [
+        f"{count} folders hold files of the same names ({', '.join(sorted(names)[:4])}), perhaps cameras of one "
+        "episode: kind video_folder makes every file an episode of its own."
+    ]

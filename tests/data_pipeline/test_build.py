@@ -62,6 +62,7 @@ def config_of(recordings, out, **changes):
         "clip_frames": 5,
         "stride": 3,
         "validation_share": 0.3,
+        "shots": {"detect": "off"},  # the numbered blocks look like cuts
         "codec": {"patch": 4, "channels": 24},
         "text_encoder": {"width": 16},
         "num_workers": 2,

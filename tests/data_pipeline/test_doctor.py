@@ -80,6 +80,69 @@ def test_a_folder_of_videos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "128x96, 64x48" in out
 
 
+def notes(path: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
+    _, out, _ = examine(path, capsys, "--json", *arguments)
+    return list(json.loads(out)["notes"])
+
+
+def test_what_is_not_read_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in ("0", "1"):
+        for camera in ("front", "wrist"):
+            write_video(tmp_path / folder / f"{camera}.mp4", numbered_frames(range(3)))
+        (tmp_path / folder / "state.npy").write_bytes(b"")
+        (tmp_path / folder / "front.txt").write_text("a caption")
+    (tmp_path / "annotation.json").write_text("{}")
+    unread, cameras = notes(tmp_path, capsys)
+    assert "(1 json, 2 npy)" in unread
+    assert "kind video_json reads" in unread
+    assert "2 folders hold files of the same names (front.mp4, wrist.mp4)" in cameras
+    _, out, _ = examine(tmp_path, capsys)
+    assert "note: Files that are not read" in out
+
+
+def test_actions_beside_a_video_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_video(tmp_path / "a.mp4", numbered_frames(range(9)))
+    (tmp_path / "a.json").write_text(json.dumps({"caption": "go", "actions": [[0.0, 1.0]] * 9}))
+    (note,) = notes(tmp_path, capsys)
+    assert "a.json holds lists of numbers" in note
+    advice = ["kind=video_json", "settings.video_keys={main: '{stem}.mp4'}"]
+    code, out, _ = examine(tmp_path, capsys, "--json", *advice)  # what the note says
+    report = json.loads(out)
+    assert (code, report["action_dim"], report["instructions"], report["notes"]) == (0, 2, ["go"], [])
+
+
+def test_a_plain_folder_has_no_notes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b/c", "b/d"):
+        write_video(tmp_path / f"{name}.mp4", numbered_frames(range(3)))
+        (tmp_path / f"{name}.json").write_text('{"caption": "go"}')
+    (tmp_path / "LICENSE").write_text("free")
+    assert notes(tmp_path, capsys) == []
+
+
+def test_settings_are_those_of_the_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b"):
+        write_video(tmp_path / f"{name}.mp4", numbered_frames(range(9)))
+    (tmp_path / "captions.csv").write_text("video,caption\na,go\n")
+    code, out, _ = examine(tmp_path, capsys, "--json", "settings.annotations=captions.csv", "settings.view=front")
+    report = json.loads(out)
+    assert (code, report["num_episodes"], report["instructions"], list(report["views"])) == (0, 1, ["go"], ["front"])
+    assert report["notes"] == ["1 videos are left out: no annotation names them."]
+    code, _, err = examine(tmp_path, capsys, "settings.anotations=captions.csv")
+    assert code == 2
+    assert 'did you mean "annotations"' in err
+
+
+def test_the_layout_is_completed_by_what_the_numbers_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_lerobot_v21(tmp_path / "arm", [30, 30])
+    report = json.loads(examine(root, capsys, "--json")[1])
+    assert 2 in report["proposed_embodiment"]["gripper_actions"]
+    assert report["proposed_embodiment"]["action_names"] == report["embodiment"]["action_names"]
+    assert any("gripper" in reason for reason in report["proposal_reasons"])
+    described = f"settings.embodiment={json.dumps(report['proposed_embodiment'])}"
+    report = json.loads(examine(root, capsys, "--json", described)[1])
+    assert (report["proposed_embodiment"], report["proposal_reasons"]) == (None, [])
+
+
 def test_nothing_to_read_is_one_sentence_and_exit_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for path in (tmp_path / "absent", tmp_path):
         code, out, err = examine(path, capsys)
@@ -106,7 +169,10 @@ def test_settings_have_the_names_that_the_command_line_uses() -> None:
         ("g1_real_lerobot_v21_trim", "lerobot", 4, 0),
         ("open50_lerobot_v30_trim", "lerobot", 4, 0),
         ("gr00t_pnp_lerobot_v2", "lerobot", 5, 0),
-        ("vpp_mixed", "video_folder", 12, 0),
+        ("vpp_mixed", "video_json", 12, 0),
+        ("ctrlworld_droid", "video_json", 11, 0),
+        ("irasim_languagetable", "video_json", 1, 0),
+        ("human_sam2_sav", "video_folder", 3, 0),
         ("odd_derived_by_us", "video_folder", 3, 3),
     ],
 )

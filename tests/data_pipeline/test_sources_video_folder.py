@@ -1,12 +1,17 @@
+import json
+import tempfile
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from configs.loader import UserError
-from data_pipeline.sources import Source, SourceError, VideoFolderConfig, detect_kind, open_source
-from data_pipeline.video_io import decode_frames
+from data_pipeline.sources import Episode, Source, SourceError, VideoFolderConfig, detect_kind, open_source
+from data_pipeline.video_io import decode_frames, frame_times
 from tests.data_pipeline.recordings import (
     FPS,
     numbered_frames,
@@ -128,3 +133,210 @@ def test_the_kind_of_a_recording_set_is_found_out(tmp_path: Path) -> None:
     for name in ("empty", "absent"):
         with pytest.raises(UserError, match=name):
             detect_kind(tmp_path / name)
+
+
+# --- annotations of many videos --------------------------------------------------------------------------------------
+
+
+def read_all(source: Source) -> list[Episode]:
+    return [source.read_episode(episode_id) for episode_id in source.list_episodes()]
+
+
+def shown(episode: Episode) -> list[int]:
+    """The numbers of the frames that a clip of the whole episode would show."""
+    footage = episode.views["main"]
+    times = np.arange(episode.num_frames) / episode.fps
+    return read_numbers(footage.read(footage.positions(times, episode.fps).tolist()))
+
+
+@pytest.fixture
+def numbered(tmp_path: Path) -> Path:
+    """Three videos of 40 frames at 10 frames/s, and one that nobody annotates."""
+    for name in ("P01_01", "P01/P01_02", "78687", "left_out"):
+        write_video(tmp_path / "videos" / f"{name}.mp4", numbered_frames(range(40)))
+    return tmp_path / "videos"
+
+
+SOMETHING = [
+    {
+        "id": "78687",
+        "label": "holding potato next to box",
+        "template": "Holding [something]",
+        "placeholders": ["potato"],
+    },
+    {"id": "1", "label": "of a video that is not here", "template": "", "placeholders": []},
+]
+EPIC = """narration_id,participant_id,video_id,narration_timestamp,start_timestamp,stop_timestamp,start_frame,narration
+P01_01_0,P01,P01_01,00:00:00.560,00:00:00.50,00:00:01.20,8,open  door
+P01_01_1,P01,P01_01,00:00:01.0,00:00:01.00,00:00:09.99,60,"turn on light, slowly"
+P01_02_0,P01,P01_02,00:00:03.0,00:00:03.00,00:00:03.30,9,close door
+P99_02_0,P99,P99_02,00:00:03.0,00:00:03.00,00:00:03.30,9,of a video that is not here
+"""
+EGO4D = {
+    "P01_01": {
+        "narration_pass_1": {"narrations": [{"timestamp_sec": 2.0, "narration_text": "#O other annotator"}]},
+        "narration_pass_2": {
+            "narrations": [
+                {"timestamp_sec": 3.0, "timestamp_frame": 90, "narration_text": "#C C puts the cup #unsure"},
+                {"timestamp_sec": 1.0, "timestamp_frame": 30, "narration_text": "#C C picks a cup"},
+            ],
+            "summaries": [],
+        },
+        "status": "complete",
+    },
+    "unknown-uid": {"status": "redacted"},
+}
+
+
+def test_captions_of_many_videos_in_one_file(numbered: Path) -> None:
+    (numbered / "train.json").write_text(json.dumps(SOMETHING))
+    source = open_folder(numbered, annotations="train.json")
+    (episode,) = read_all(source)
+    assert episode.instruction == "holding potato next to box"
+    assert shown(episode) == list(range(40))
+    assert episode.episode_id in open_folder(numbered).list_episodes()  # the same as without captions
+    assert (
+        open_folder(numbered, annotations="train.json", instruction="x").read_episode(episode.episode_id).instruction
+        == "x"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", "path,text\nP01/P01_02.mp4,go\n"),
+        ("a.jsonl", '{"video": "./P01/P01_02.mp4", "caption": "go"}\n'),
+        ("a.json", '{"P01_02": "go"}'),
+        ("b.json", '{"info": {}, "rows": [{"file_name": "P01_02.mp4", "description": "go"}]}'),
+        ("c.json", '\ufeff[{"video_id": "P01_02", "narration": " go "}]'),
+    ],
+)
+def test_tables_of_ones_own(numbered: Path, name: str, content: str) -> None:
+    (numbered / name).write_text(content, encoding="utf-8")
+    (episode,) = read_all(open_folder(numbered, annotations=[name]))
+    assert (episode.instruction, Path(episode.uri).stem) == ("go", "P01_02")
+
+
+def test_narrated_segments_of_long_videos(numbered: Path, tmp_path: Path) -> None:
+    (tmp_path / "EPIC_100_train.csv").write_text(EPIC)
+    source = open_folder(numbered, annotations="../EPIC_100_train.csv")
+    found = {episode.instruction: episode for episode in read_all(source)}
+    assert {text: shown(episode) for text, episode in found.items()} == {
+        "open door": list(range(5, 12)),
+        "turn on light, slowly": list(range(10, 40)),  # the video ends before
+        "close door": [30, 31, 32],
+    }
+    assert len({episode.content_sha256 for episode in found.values()}) == 3
+    assert all(episode.views["main"].start_frame is not None for episode in found.values())  # type: ignore[attr-defined]
+
+
+def test_narrations_of_points_in_time(numbered: Path) -> None:
+    (numbered / "narration.json").write_text(json.dumps(EGO4D))
+    episodes = read_all(open_folder(numbered, annotations="narration.json"))
+    assert {episode.instruction: shown(episode) for episode in episodes} == {
+        "C picks a cup": list(range(0, 20)),  # up to half way to the next one
+        "C puts the cup": list(range(20, 40)),
+    }
+
+
+def test_segments_are_found_by_presentation_time(tmp_path: Path) -> None:
+    times = [0, 100, 400, 500, 900, 1000, 1100, 1200]
+    write_video(tmp_path / "vfr.mp4", numbered_frames(range(8)), times_ms=times)
+    late = [5000 + round(1000 * i / FPS) for i in range(20)]  # the first frame's timestamp is not zero
+    write_video(tmp_path / "late.ts", numbered_frames(range(20)), times_ms=late, b_frames=2)
+    rows = [
+        {"video": "vfr", "start": 0.45, "end": 1.05, "text": "vfr"},
+        {"video": "late", "start": 0.5, "end": 1.0, "text": "late"},
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    found = {episode.instruction: episode for episode in read_all(open_folder(tmp_path, annotations="rows.json"))}
+    assert shown(found["late"]) == [5, 6, 7, 8, 9]
+    footage, wanted = found["vfr"].views["main"], np.array([0.0, 0.1, 0.5, 0.55])
+    assert read_numbers(footage.read(footage.positions(wanted, found["vfr"].fps).tolist())) == [2, 3, 4, 5]
+    assert found["vfr"].num_frames == 3  # 0.6 s at 5.8 frames/s
+
+
+@settings(max_examples=20)
+@given(start=st.floats(0, 3.9), length=st.floats(0.11, 5))
+def test_a_segment_is_what_a_brute_force_search_finds(start: float, length: float) -> None:
+    starts = np.arange(40) / FPS
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.mp4"
+        path.write_bytes(_numbered_bytes())
+        (Path(folder) / "a.json").write_text(
+            json.dumps([{"id": "a", "text": "x", "start": start, "stop": start + length}])
+        )
+        (episode,) = read_all(open_folder(Path(folder), annotations="a.json"))
+        first = int(np.argmin(np.abs(starts - start + 1e-6)))  # the nearest
+        last = max(i for i, time in enumerate(starts) if time < start + length - 1e-3)
+        assert shown(episode) == list(range(first, last + 1))
+
+
+@lru_cache
+def _numbered_bytes() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        return write_video(Path(folder) / "a.mp4", numbered_frames(range(40))).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "expected"),
+    [("3", "2", "bad_record"), ("x", "2", "bad_record"), ("", "", "bad_record"), ("0:0:99", "100", "out_of_range")],
+)
+def test_a_bad_segment_is_its_own_problem(numbered: Path, start: str, stop: str, expected: str) -> None:
+    (numbered / "a.csv").write_text(f"video_id,start,stop,text\nP01_01,{start},{stop},bad\nP01_01,1,2,good\n")
+    source = open_folder(numbered, annotations="a.csv")
+    bad, good = source.list_episodes()
+    assert source.read_episode(good).instruction == "good"
+    with pytest.raises(SourceError) as caught:
+        source.read_episode(bad)
+    assert caught.value.reason == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("absent.csv", None, "no such file"),
+        ("a.csv", "", "its columns are none"),
+        ("a.csv", "video_id,other\nP01_01,x\n", "its columns are other, video_id"),
+        ("a.json", "{", "cannot be read"),
+        ("a.json", '[{"id": "nobody", "label": "x"}]', "none of its 4 videos"),
+        ("a.json", "[" * 100_000, "cannot be read"),
+        ("a.json", "3", "no row"),
+        ("a.bin", "\x00\x81", "cannot be read"),
+    ],
+)
+def test_unusable_annotations_are_refused(numbered: Path, name: str, content: str | None, words: str) -> None:
+    if content is not None:
+        (numbered / name).write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match=words):
+        open_folder(numbered, annotations=name).list_episodes()
+
+
+# --- recorded sets ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "num_frames"),
+    [
+        ("human_sam2_sav", [200, 287, 292]),
+        ("mmaction2", [32, 164, 300, 300]),
+        ("energon_sync", [1891, 1891]),
+        ("cosmos_curate_clips", [720]),
+        ("odd_decord", [3, 3, 3, 3, 4]),
+    ],
+)
+def test_recorded_videos(shared_data: Path, name: str, num_frames: list[int]) -> None:
+    episodes = read_all(open_folder(shared_data / name))
+    assert sorted(episode.num_frames for episode in episodes) == num_frames
+
+
+def test_segments_of_recorded_videos(shared_data: Path, tmp_path: Path) -> None:
+    rows = "".join(f"{name},2,4,part of {name}\n" for name in ("bedroom", "04_coffee", "sync_test"))
+    (tmp_path / "parts.csv").write_text("video,start_s,end_s,caption\n" + rows)
+    for name, lengths in (("human_sam2_sav", {60}), ("energon_sync", {59, 60})):
+        for episode in read_all(open_folder(shared_data / name, annotations=tmp_path / "parts.csv")):
+            assert episode.num_frames in lengths
+            footage = episode.views["main"]
+            positions = footage.positions(np.arange(episode.num_frames) / episode.fps, episode.fps)
+            times = frame_times(footage.path)[positions]
+            assert np.all((times > 2 - 0.02) & (times < 4))

@@ -80,14 +80,18 @@ def test_decoding_some_frames_equals_decoding_all(videos: dict[str, Path], data:
 
 
 @given(data=st.data())
-def test_the_frame_at_a_time_is_the_one_on_screen(videos: dict[str, Path], data: st.DataObject) -> None:
+def test_the_frame_at_a_time_is_the_nearest(videos: dict[str, Path], data: st.DataObject) -> None:
     path = videos[data.draw(st.sampled_from(["plain.mp4", "variable_rate.mp4", "late_start.mp4", "plain.mkv"]))]
     starts = frame_times(path)
-    on_screen = data.draw(st.lists(st.integers(0, NUM_FRAMES - 2), min_size=1, max_size=4))
-    share = data.draw(st.floats(0, 0.9))  # of the interval; the last millisecond may count as the next frame
-    times = [starts[i] + share * (starts[i + 1] - starts[i]) for i in on_screen]
-    assert frame_indices_at(path, times).tolist() == on_screen
-    assert read_numbers(decode_at_times(path, times)) == on_screen
+    times = data.draw(st.lists(st.floats(0, float(starts[-1])), min_size=1, max_size=4))
+    found = frame_indices_at(path, times)
+    distances = np.abs(starts[None] - np.array(times)[:, None])
+    np.testing.assert_allclose(distances[np.arange(len(times)), found], distances.min(axis=1), atol=3e-6)
+    assert read_numbers(decode_at_times(path, times)) == found.tolist()
+
+
+def test_between_two_frames_the_earlier_one_is_taken(videos: dict[str, Path]) -> None:
+    assert frame_indices_at(videos["plain.mp4"], (np.arange(NUM_FRAMES) + 0.5) / FPS).tolist() == [*range(NUM_FRAMES)]
 
 
 def test_times_are_relative_to_the_first_frame(videos: dict[str, Path]) -> None:

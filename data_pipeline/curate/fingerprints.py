@@ -1,0 +1,130 @@
+"""What a video looks like, as short codes to compare: of its packets, which copies share, and of what it shows.
+
+A hash of packets is the same in every container that the same stream is put into. A perceptual hash changes in a few
+bits when a clip is encoded or scaled anew: it says for every low frequency of the picture whether it is strong.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from av.packet import Packet
+from av.video.stream import VideoStream
+from jaxtyping import Float64, UInt8
+from PIL import Image
+
+from ..sources.base import Footage, VideoSegment
+from ..video_index import VideoIndex, index_video, open_video, video_stream
+from ..video_io import frame_indices_at
+
+PHASH_FRAMES = 4
+"""Frames of a clip, from its first to its last, that are hashed."""
+
+PHASH_SIDE, PHASH_FREQUENCIES = 32, 8
+"""A frame is reduced to 32 x 32 pixels, of whose frequencies the lowest 8 x 8 give 64 bits."""
+
+
+# --- what it shows ------------------------------------------------------------------------------------------------
+
+
+def clip_phash(pixels: Mapping[str, UInt8[np.ndarray, "f h w 3"]]) -> str:
+    """64 bits for each of a few frames of each view, in hexadecimal."""
+    return "".join(_frame_phash(frame) for video in pixels.values() for frame in video[_spread(len(video))])
+
+
+def _spread(num_frames: int) -> np.ndarray:
+    return np.linspace(0, num_frames - 1, PHASH_FRAMES).round().astype(int)
+
+
+def _frame_phash(frame: UInt8[np.ndarray, "h w 3"]) -> str:
+    """The method of pHash (https://www.phash.org): which low frequencies are stronger than their median."""
+    small = Image.fromarray(frame).convert("L").resize((PHASH_SIDE, PHASH_SIDE), Image.Resampling.BILINEAR)
+    frequencies = _COSINES @ np.asarray(small, dtype=np.float64) @ _COSINES.T
+    is_strong = frequencies > np.median(frequencies)
+    return np.packbits(is_strong).tobytes().hex()
+
+
+def _cosines() -> Float64[np.ndarray, "8 32"]:
+    """The lowest rows of the discrete cosine transform (DCT-II)."""
+    place, frequency = np.arange(PHASH_SIDE), np.arange(PHASH_FREQUENCIES)[:, None]
+    return np.cos(np.pi * (2 * place + 1) * frequency / (2 * PHASH_SIDE))
+
+
+_COSINES = _cosines()
+
+
+# --- packets ------------------------------------------------------------------------------------------------------
+
+
+def footage_sha256(footage: Footage) -> str | None:
+    """Of the compressed frames; None for footage that is no video, or not a known part of one."""
+    if not isinstance(footage, VideoSegment) or footage.num_frames is None:
+        return None
+    first = footage.start_frame
+    if first is None:  # a variable rate
+        first = int(frame_indices_at(footage.path, [footage.start_s])[0])
+    return packets_sha256(footage.path, first, first + footage.num_frames)
+
+
+def packets_sha256(path: str, first: int = 0, end: int | None = None) -> str | None:
+    """Of the compressed frames `first` to `end` in presentation order, as they are stored; without their times.
+
+    The same in MP4, MOV, MKV and WebM, for H.264 and HEVC in MPEG-TS too. None where packets cannot be told apart by
+    their times.
+    """
+    index = index_video(path)
+    end = len(index.pts) if end is None else min(end, len(index.pts))
+    if not index.can_seek:
+        return None
+    # Formats disagree on where a seek lands: what it may have jumped over is found from the file's start.
+    return _hash_packets(path, index, first, end, seeks=first > 0) or _hash_packets(
+        path, index, first, end, seeks=False
+    )
+
+
+def _hash_packets(path: str, index: VideoIndex, first: int, end: int, *, seeks: bool) -> str | None:
+    """None where not all of the frames were met."""
+    digest = hashlib.sha256()
+    num_missing = end - first
+    with open_video(path) as container:
+        stream = video_stream(container, path)
+        if seeks:
+            container.seek(int(index.key_pts[index.key_before(first)]), stream=stream, backward=True)
+        for packet in container.demux(stream):
+            place = int(np.searchsorted(index.pts, packet.pts)) if packet.pts is not None else len(index.pts)
+            if packet.size == 0 or not first <= place < end or index.pts[place] != packet.pts:
+                continue
+            for payload in _payloads(packet, stream):
+                digest.update(len(payload).to_bytes(8, "big") + payload)
+            num_missing -= 1
+            if num_missing == 0:
+                return digest.hexdigest()
+    return None
+
+
+def _payloads(packet: Packet, stream: VideoStream) -> Iterator[bytes]:
+    """The packet's bytes; of H.264 and HEVC only the slices, without what containers put around and before them."""
+    codec = stream.codec_context.codec.canonical_name
+    if codec not in ("h264", "hevc"):
+        yield bytes(packet)
+        return
+    extradata = stream.codec_context.extradata or b""
+    has_lengths = extradata[:1] == b"\x01"  # MP4 and Matroska; MPEG-TS has start codes
+    size_at = 4 if codec == "h264" else 21  # ISO/IEC 14496-15: where avcC and hvcC say how long the lengths are
+    units = _with_lengths(bytes(packet), 1 + (extradata[size_at] & 3)) if has_lengths else _start_codes(bytes(packet))
+    for unit in units:
+        is_slice = bool(unit) and (1 <= unit[0] & 31 <= 5 if codec == "h264" else unit[0] >> 1 & 63 < 32)
+        if is_slice:
+            yield unit.rstrip(b"\0")  # zeros may follow a unit in a stream with start codes
+
+
+def _with_lengths(data: bytes, width: int) -> Iterator[bytes]:
+    place = 0
+    while place + width <= len(data):
+        size = int.from_bytes(data[place : place + width], "big")
+        yield data[place + width : place + width + size]
+        place += width + size
+
+
+def _start_codes(data: bytes) -> Iterator[bytes]:
+    yield from data.split(b"\0\0\1")[1:]

@@ -1,0 +1,341 @@
+"""A robot's block of YAML, guessed from the names and the numbers of a recording; a person checks it and keeps it.
+
+Names win over numbers where they say something. What neither can say (the frame of poses, which end of an unnamed
+quaternion is the scalar) is left open or at the usual choice, and a sentence asks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Float32, Float64
+
+from .embodiments import Embodiment, RotationSlots
+from .rotations import RotationFormat, decode
+
+MIN_ROWS = 20
+"""With fewer rows, numbers prove nothing."""
+
+_ROLL_PITCH_YAW = ("roll", "pitch", "yaw")
+_TURNS = {"rad": 2 * np.pi, "deg": 360.0}
+_POSE_WORDS = re.compile(r"(^|_)([xyz]|pos(ition)?_[xyz])$")
+_GRIPPER_WORDS = re.compile(r"grip|claw|jaw")
+_JOINT_WORDS = re.compile(
+    r"joint|motor|servo|shoulder|elbow|wrist|waist|torso|neck|head|hip|knee|ankle|finger|thumb|pinky|index|middle|ring"
+    r"|(^|_)j\d+($|_)"
+)
+_DELTA_WORDS = re.compile(r"(^|_)(delta|rel|relative|displacement|d(x|y|z|rx|ry|rz|roll|pitch|yaw))($|_)")
+_VELOCITY_WORDS = re.compile(r"(^|_)(vel|velocity|speed|twist|v[xyz]|w[xyz])($|_)")
+_QUATERNION = re.compile(r"(?:^|_)(?:q|(?:quat|quaternion|rot|rotation|ori|orientation)_?)([wxyz])$")
+_ANGLE = re.compile(r"(?:^|_)d?(?:(roll|pitch|yaw)|(euler|rotvec|axis_angle|aa|rot|rotation|r)_?([xyz]))$")
+
+
+@dataclass
+class _Part:
+    """The actions or the proprio of a recording, and what has been found out about them."""
+
+    what: str  # "action" or "proprio"
+    names: tuple[str, ...]
+    episodes: list[Float64[np.ndarray, "n d"]] = field(default_factory=list)
+    rotations: list[RotationSlots] = field(default_factory=list)
+    units: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> Float64[np.ndarray, "n d"]:
+        return np.concatenate(self.episodes) if self.episodes else np.zeros((0, len(self.names)))
+
+    @property
+    def taken(self) -> set[int]:
+        return {slot for one in self.rotations for slot in one.slots}
+
+    def words(self, slot: int) -> str:
+        """A name in one style: left.WristRoll.pos is left_wrist_roll (LeRobot's trailing pos says nothing)."""
+        spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", self.names[slot])
+        return re.sub(r"_pos$", "", re.sub(r"[^a-z0-9]+", "_", spaced.lower()).strip("_"))
+
+    def called(self, slots: Sequence[int]) -> str:
+        """The slots, for a sentence."""
+        return f"{self.what} {', '.join(map(str, slots))} ({', '.join(self.names[slot] for slot in slots)})"
+
+    def matching(self, pattern: re.Pattern[str]) -> list[int]:
+        return [i for i in range(len(self.names)) if i not in self.taken and pattern.search(self.words(i))]
+
+    def biggest(self, slots: Sequence[int]) -> float:
+        return float(np.abs(self.rows[:, list(slots)]).max(initial=0))
+
+
+def propose_embodiment(
+    name: str,
+    actions: Sequence[Float32[np.ndarray, "n a"]],
+    proprio: Sequence[Float32[np.ndarray, "n s"]] | None,
+    control_hz: float,
+    action_names: tuple[str, ...],
+    proprio_names: tuple[str, ...] = (),
+) -> tuple[Embodiment, tuple[str, ...]]:
+    """The layout that names and numbers suggest, and sentences that say why and what only a person can know.
+
+    `actions` and `proprio` hold one array per episode, row by row on the same clock; a few hundred rows are enough.
+    """
+    action, state = _parts(action_names, proprio_names, actions, proprio)
+    why = [*_find_rotations(action), *_find_rotations(state), *_pair_rotations(action, state)]
+    grippers = _find_grippers(action, why)
+    kinds = _find_kinds(action, state, control_hz, {*grippers}, why)
+    joints = {part.what: [i for i in part.matching(_JOINT_WORDS) if i not in grippers] for part in (action, state)}
+    joints["proprio"] = [i for i in joints["proprio"] if not _GRIPPER_WORDS.search(state.words(i))]
+    for part in (action, state):
+        _guess_units(part, joints[part.what])
+    moving = {*grippers, *kinds["delta"], *kinds["velocity"]}
+    wrapping = {part.what: _find_wrapping(part, why) for part in (action, state)}
+    robot = Embodiment(
+        name=name,
+        action_names=action_names,
+        proprio_names=proprio_names,
+        control_hz=control_hz,
+        action_units=_units(action),
+        proprio_units=_units(state),
+        gripper_actions=tuple(grippers),
+        delta_actions=tuple(kinds["delta"]),
+        velocity_actions=tuple(kinds["velocity"]),
+        joint_actions=tuple(joints["action"]),
+        joint_proprio=tuple(joints["proprio"]),
+        wrapping_actions=tuple(i for i in wrapping["action"] if i not in moving),
+        wrapping_proprio=tuple(wrapping["proprio"]),
+        action_rotations=tuple(action.rotations),
+        proprio_rotations=tuple(state.rotations),
+    )
+    if robot.action_rotations or robot.proprio_rotations or action.matching(_POSE_WORDS):
+        why.append("pose_frame is left open: numbers do not say whether poses are in base, world, camera or tool.")
+    return robot, tuple(why)
+
+
+def _parts(
+    action_names: tuple[str, ...],
+    proprio_names: tuple[str, ...],
+    actions: Sequence[np.ndarray],
+    proprio: Sequence[np.ndarray] | None,
+) -> tuple[_Part, _Part]:
+    """Rows with NaN or infinity are left out."""
+    action, state = _Part("action", action_names), _Part("proprio", proprio_names)
+    for index, rows in enumerate(actions):
+        sensed = proprio[index] if proprio is not None else np.zeros((len(rows), 0))
+        is_finite = np.isfinite(rows).all(axis=1) & np.isfinite(sensed).all(axis=1)
+        if is_finite.any():
+            action.episodes.append(rows[is_finite].astype(np.float64))
+            state.episodes.append(sensed[is_finite].astype(np.float64))
+    return action, state
+
+
+# --- rotations ----------------------------------------------------------------------------------------------------
+
+
+def _find_rotations(part: _Part) -> Iterator[str]:
+    """Adds to `part.rotations` and says why. Six numbers first: three of them may look like part of a quaternion."""
+    for finders in ((_six_d,), (_named_quaternion, _named_angles, _unit)):
+        for slot in range(len(part.names)):
+            found = next((found for finder in finders if (found := finder(part, slot))), None)
+            if found is not None and not part.taken & {*found[0].slots}:
+                part.rotations.append(found[0])
+                yield f"{part.called(found[0].slots)}: {found[0].format}, because {found[1]}."
+    part.rotations.sort(key=lambda one: one.slots)
+
+
+_Found = tuple[RotationSlots, str] | None
+
+
+def _named_quaternion(part: _Part, slot: int) -> _Found:
+    slots = range(slot, min(slot + 4, len(part.names)))
+    letters = [match.group(1) for i in slots if (match := _QUATERNION.search(part.words(i)))]
+    if sorted(letters) != ["w", "x", "y", "z"]:
+        return None
+    form: RotationFormat = "quaternion_wxyz" if letters[0] == "w" else "quaternion_xyzw"
+    ordered = tuple(slot + letters.index(letter) for letter in form.removeprefix("quaternion_"))
+    return RotationSlots(slots=ordered, format=form), "its names say so"
+
+
+def _named_angles(part: _Part, slot: int) -> _Found:
+    slots = tuple(range(slot, min(slot + 3, len(part.names))))
+    matches = [_ANGLE.search(part.words(i)) for i in slots]
+    found = [match for match in matches if match]
+    letters = ["xyz"[_ROLL_PITCH_YAW.index(m.group(1))] if m.group(1) else m.group(3) for m in found]
+    is_joints = any(_JOINT_WORDS.search(part.words(i)) for i in slots)  # a wrist's roll, pitch and yaw are three motors
+    if letters != ["x", "y", "z"] or is_joints or any(_VELOCITY_WORDS.search(part.words(i)) for i in slots):
+        return None
+    unit = "deg" if part.biggest(slots) > 1.1 * _TURNS["rad"] else "rad"
+    part.units |= dict.fromkeys(slots, unit)
+    word = found[0].group(2) or "euler"
+    if word == "euler":
+        return RotationSlots(slots=slots, format="euler_xyz_extrinsic"), "of its names; check whether it is intrinsic"
+    if word in ("rotvec", "axis_angle", "aa"):
+        return RotationSlots(slots=slots, format="axis_angle"), "of its names"
+    jumps = {form: _largest_turn(part, slots, form, unit == "deg") for form in ("axis_angle", "euler_xyz_extrinsic")}
+    for form, other in (("axis_angle", "euler_xyz_extrinsic"), ("euler_xyz_extrinsic", "axis_angle")):
+        if jumps[form] < 0.5 * jumps[other]:
+            reason = f"read as {other} it would turn by {np.rad2deg(jumps[other]):.0f} degrees from one row to the next"
+            return RotationSlots(slots=slots, format=form), reason
+    return RotationSlots(
+        slots=slots, format="axis_angle"
+    ), "that is usual under such names; check: Euler angles fit too"
+
+
+def _largest_turn(part: _Part, slots: Sequence[int], form: RotationFormat, in_degrees: bool) -> float:
+    """Between rows that follow each other, in radians: the wrong format turns wildly where angles wrap."""
+    largest = 0.0
+    for rows in part.episodes:
+        rotations = decode(rows[:, list(slots)], form, in_degrees)
+        if len(rows) > 1:
+            largest = max(largest, float((rotations[:-1].inv() * rotations[1:]).magnitude().max()))
+    return largest
+
+
+def _six_d(part: _Part, slot: int) -> _Found:
+    slots = tuple(range(slot, slot + 6))
+    if slots[-1] >= len(part.names) or len(part.rows) < MIN_ROWS:
+        return None
+    first, second = part.rows[:, slots[:3]], part.rows[:, slots[3:]]
+    products = [np.square(first).sum(axis=1) - 1, np.square(second).sum(axis=1) - 1, (first * second).sum(axis=1)]
+    if np.abs(products).max() > 5e-3 or _num_moving(part, slots) < 3:
+        return None
+    reason = "it is always two unit vectors at right angles; check whether they are columns or rows of the matrix"
+    return RotationSlots(slots=slots, format="six_d_columns"), reason
+
+
+def _unit(part: _Part, slot: int) -> _Found:
+    slots = tuple(range(slot, slot + 4))
+    if slots[-1] >= len(part.names) or len(part.rows) < MIN_ROWS:
+        return None
+    if np.abs(np.linalg.norm(part.rows[:, slots], axis=1) - 1).max() > 5e-3 or _num_moving(part, slots) < 2:
+        return None
+    reason = "its length is always 1; check whether its scalar comes last (xyzw) or first (wxyz)"
+    return RotationSlots(slots=slots, format="quaternion_xyzw"), reason
+
+
+def _num_moving(part: _Part, slots: Sequence[int]) -> int:
+    return int((np.ptp(part.rows[:, list(slots)], axis=0) > 1e-3).sum())
+
+
+def _pair_rotations(action: _Part, state: _Part) -> Iterator[str]:
+    """The same names are a rotation on both sides or on neither."""
+    for part, other in ((action, state), (state, action)):
+        for one in list(part.rotations):
+            names = [part.names[slot] for slot in one.slots]
+            slots = tuple(other.names.index(name) for name in names if name in other.names)
+            if not slots or any({*slots} == {*theirs.slots} for theirs in other.rotations):
+                continue
+            if len(slots) == len(names) and not {*slots} & other.taken:
+                other.rotations.append(RotationSlots(slots=slots, format=one.format))
+                other.units |= {
+                    slot: part.units[mine] for slot, mine in zip(slots, one.slots, strict=True) if part.units
+                }
+                yield f"{other.called(slots)}: {one.format} too, because its names are the same."
+            else:
+                part.rotations.remove(one)
+                yield f"{part.called(one.slots)} is no rotation after all: {other.what} has only some of these names."
+
+
+# --- other kinds --------------------------------------------------------------------------------------------------
+
+
+def _find_grippers(action: _Part, why: list[str]) -> list[int]:
+    named = action.matching(_GRIPPER_WORDS)
+    two_valued = [
+        slot
+        for slot in range(len(action.names))
+        if slot not in action.taken and slot not in named and len(action.rows) >= MIN_ROWS
+        if len(np.unique(action.rows[:, slot])) == 2
+    ]
+    if named:
+        why.append(f"{action.called(named)}: gripper, because of the name.")
+    if two_valued:
+        why.append(f"{action.called(two_valued)}: held like a gripper, because it only ever has two values.")
+    return sorted([*named, *two_valued])
+
+
+def _find_kinds(
+    action: _Part, state: _Part, control_hz: float, grippers: set[int], why: list[str]
+) -> dict[str, list[int]]:
+    """The slots that are deltas, and those that are velocities; a rotation is one as a whole or not at all."""
+    kinds: dict[str, list[int]] = {"delta": [], "velocity": []}
+    groups = [one.slots for one in action.rotations]
+    groups += [(i,) for i in range(len(action.names)) if i not in action.taken | grippers]
+    reasons: dict[tuple[str, str], list[int]] = {}
+    for slots in sorted(groups):
+        guesses = [_kind(action, slot, state, control_hz) for slot in slots]
+        kind, reason = max(guesses, key=guesses.count)  # the first of the most frequent
+        if kind == "velocity":  # of an angle: three plain numbers
+            action.rotations = [one for one in action.rotations if one.slots != slots]
+        if kind is not None:
+            reasons.setdefault((kind, reason), []).extend(slots)
+            kinds.get(kind, []).extend(slots)
+    why += [f"{action.called(slots)}: {kind}, because {reason}." for (kind, reason), slots in reasons.items()]
+    return {kind: sorted(slots) for kind, slots in kinds.items()}
+
+
+def _kind(action: _Part, slot: int, state: _Part, control_hz: float) -> tuple[str | None, str]:
+    """What the action is and why; None for a target that looks like one."""
+    if _VELOCITY_WORDS.search(action.words(slot)):
+        return "velocity", "of the name"
+    if _DELTA_WORDS.search(action.words(slot)):
+        return "delta", "of the name"
+    pairs = [(a, s) for a, s in zip(action.episodes, state.episodes, strict=True) if len(a) > 1 and state.names]
+    if sum(len(a) for a, _ in pairs) < MIN_ROWS:
+        return "target", "nothing says otherwise; check that it is no delta"
+    command = np.concatenate([a[:-1, slot] for a, _ in pairs])
+    sensed = np.concatenate([s[:-1] for _, s in pairs])
+    change = np.concatenate([np.diff(s, axis=0) for _, s in pairs])
+    name = action.names[slot]
+    columns = [state.names.index(name)] if name in state.names else list(range(len(state.names)))
+    follows_state = max(_correlation(command, sensed[:, j]) for j in columns)
+    best = max(columns, key=lambda j: _correlation(command, change[:, j]))
+    follows_change = _correlation(command, change[:, best])
+    if follows_change < 0.6 or 1 - follows_change**2 > 0.5 * (1 - follows_state**2):  # what each leaves unexplained
+        is_plain = follows_state > 0.6 or np.ptp(command) == 0
+        return (None, "") if is_plain else ("target", "it follows neither the proprio nor its change; check")
+    per_unit = float((command * change[:, best]).sum() / (command**2).sum())  # change of proprio per 1 of the command
+    if 0.7 < per_unit * control_hz < 1.4:
+        return "velocity", f"the proprio changes by it per second, not towards it (at {control_hz:g} Hz)"
+    return "delta", "it goes with the change of the proprio, not with the proprio itself"
+
+
+def _correlation(one: np.ndarray, other: np.ndarray) -> float:
+    spread = float(one.std() * other.std())
+    return 0.0 if spread < 1e-12 else float(((one - one.mean()) * (other - other.mean())).mean()) / spread
+
+
+def _find_wrapping(part: _Part, why: list[str]) -> list[int]:
+    """Angles that were seen to start over."""
+    found = []
+    for slot in range(len(part.names)):
+        full_turn = _TURNS["deg" if part.units.get(slot) == "deg" else "rad"]
+        values = part.rows[:, slot]
+        if slot in part.taken or len(np.unique(values)) < MIN_ROWS or np.ptp(values) > 1.02 * full_turn:
+            continue
+        steps = np.abs(np.concatenate([np.diff(rows[:, slot]) for rows in part.episodes]))
+        is_jump = steps > 0.8 * full_turn
+        if is_jump.any() and steps[~is_jump].max(initial=0) < 0.2 * full_turn:
+            found.append(slot)
+    if found:
+        why.append(f"{part.called(found)}: wraps, because it jumps by a full turn between neighbouring rows.")
+    for slot in found:
+        part.units.setdefault(slot, "rad")
+    return found
+
+
+def _guess_units(part: _Part, joints: Sequence[int]) -> None:
+    unit = "deg" if part.biggest(joints) > 1.5 * _TURNS["rad"] else "rad"  # one robot, one unit
+    for slot in joints:
+        if part.biggest([slot]) < 1.5 * _TURNS[unit]:  # else a motor's own steps, or per cent
+            part.units[slot] = unit
+    for slot in part.matching(_POSE_WORDS):
+        if slot not in part.units and len(part.rows):
+            part.units[slot] = "mm" if part.biggest([slot]) > 20 else "m"
+    for one in part.rotations:
+        for slot in one.slots:
+            part.units.setdefault(slot, "1")
+
+
+def _units(part: _Part) -> tuple[str, ...] | None:
+    """Empty where nothing suggests one."""
+    return tuple(part.units.get(slot, "") for slot in range(len(part.names))) if part.units else None

@@ -1,0 +1,195 @@
+"""Records in JSON files: one per file, many in a list or dict, or one per line; and the files that they point to."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32
+
+from ..video_index import VideoError, file_identity
+from .base import SourceError
+
+JSON_SUFFIXES = (".json", ".jsonl")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a record is: a file, and what to take out of it (None: all of it; a key, index or line number)."""
+
+    file: Path
+    place: str | int | None = None
+    offset: int = 0  # of its line in a file of JSON lines
+
+
+def entries_of(file: Path) -> list[Entry]:
+    """The records of a file. Only a file that looks as if it held many is read for that."""
+    if file.suffix.lower() == ".jsonl":
+        with file.open("rb") as lines:
+            offset, entries = 0, []
+            for number, line in enumerate(lines):
+                if line.strip():
+                    entries.append(Entry(file, number, offset))
+                offset += len(line)
+        return entries
+    with file.open("rb") as opened:
+        head = opened.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not re.match(rb'\[|\{\s*"(?:[^"\\]|\\.)*"\s*:\s*\{', head):
+        return [Entry(file)]
+    try:
+        data = _read_json(*file_identity(file))
+    except ValueError:
+        return [Entry(file)]  # reading it as an episode says what is wrong
+    if isinstance(data, list):
+        return [Entry(file, index) for index in range(len(data))]
+    if all(isinstance(value, dict) for value in data.values()):
+        return [Entry(file, key) for key in data]
+    return [Entry(file)]
+
+
+def _read(entry: Entry, where: str) -> dict[str, Any]:
+    try:
+        if entry.file.suffix.lower() == ".jsonl":
+            with entry.file.open("rb") as lines:
+                lines.seek(entry.offset)
+                data = json.loads(lines.readline())
+        else:
+            data = _read_json(*file_identity(entry.file))
+            data = data if entry.place is None else data[entry.place]
+    except (OSError, ValueError, RecursionError, VideoError) as error:
+        raise SourceError("unreadable_file", where, f"it is no JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise SourceError("bad_record", where, "the record is no JSON object")
+    return data
+
+
+@lru_cache(maxsize=4)
+def _read_json(path: str, size: int, mtime_ns: int) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def below(root: Path, file: Path, text: str) -> Path | None:
+    """The file that a record means: relative to its own folder or to one above it, up to `root`; None: outside it.
+
+    Where nothing is there, what it would be relative to `root`.
+    """
+    top = Path(os.path.abspath(root))
+    candidates = []
+    for folder in Path(os.path.abspath(file)).parents:
+        path = Path(os.path.abspath(folder / text))
+        if path.is_relative_to(top):
+            candidates.append(path)
+        if folder == top:
+            break
+    return next((path for path in candidates if path.is_file()), candidates[-1] if candidates else None)
+
+
+class Record:
+    """What one JSON record says, and the files that it points to."""
+
+    def __init__(self, root: Path, entry: Entry) -> None:
+        self.root = root
+        self.file = entry.file
+        self.entry = entry
+        self.where = f"{entry.file}" if entry.place is None else f"{entry.file}#{entry.place}"
+        self.files_read: list[Path] = []
+        self.data = _read(entry, self.where)
+
+    def canonical(self) -> bytes:
+        return json.dumps(self.data, sort_keys=True).encode()
+
+    def value(self, key: str) -> Any:
+        """What stands under a key; the filled-in text for a path with keys in braces; None where there is nothing."""
+        if "{" in key:
+            return re.sub(r"\{([^{}]+)\}", self._fill, key)
+        return look_up(self.data, key)
+
+    def _fill(self, match: re.Match[str]) -> str:
+        name = match.group(1)
+        value = {"stem": self.file.stem, "entry": self.entry.place}.get(name) if name in ("stem", "entry") else None
+        value = look_up(self.data, name) if value is None else value
+        if not isinstance(value, str | int):
+            raise SourceError("bad_record", self.where, f"it has no text or number under {name}")
+        return str(value)
+
+    def number(self, setting: float | str | None) -> float | None:
+        """A rate: the setting itself, or what stands under the key that it names."""
+        if not isinstance(setting, str):
+            return setting
+        value = self.value(setting)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < np.inf:
+            raise SourceError("bad_record", self.where, f"{setting} is no rate but {str(value)[:40]!r}")
+        return float(value)
+
+    def path(self, key: str) -> Path:
+        value = self.value(key)
+        if not isinstance(value, str) or not value:
+            raise SourceError("missing_view", self.where, f"it has no path under {key}")
+        path = below(self.root, self.file, value)
+        if path is None:
+            raise SourceError("outside_folder", self.where, f"{key} leads out of {self.root}: {value[:80]!r}")
+        return path
+
+    def matrix(self, keys: Sequence[str]) -> Float32[np.ndarray, "n d"]:
+        """The columns of all keys side by side."""
+        parts = {key: self.numbers(key) for key in keys}
+        lengths = {len(part) for part in parts.values()}
+        if len(lengths) > 1:
+            counts = ", ".join(f"{len(part)} rows of {key}" for key, part in parts.items())
+            raise SourceError("ragged_values", self.where, counts)
+        return np.concatenate(list(parts.values()), axis=1)
+
+    def numbers(self, key: str) -> Float32[np.ndarray, "n d"]:
+        value = self.value(key)
+        try:
+            array = np.asarray(self._load(key, value) if isinstance(value, str) else value, dtype=np.float32)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise SourceError(
+                "ragged_values", self.where, f"{key} is no list of equally long rows of numbers"
+            ) from error
+        if array.ndim == 0 or array.size == 0:
+            raise SourceError("ragged_values", self.where, f"{key} holds no rows")
+        return array.reshape(len(array), -1)
+
+    def _load(self, key: str, value: str) -> np.ndarray:
+        """`file.npy`, `file.npz` with one array, or `file.npz#name`."""
+        text, _, member = value.partition("#")
+        path = below(self.root, self.file, text)
+        if path is None:
+            raise SourceError("outside_folder", self.where, f"{key} leads out of {self.root}: {value[:80]!r}")
+        try:
+            loaded = np.load(path, allow_pickle=False)
+            if not isinstance(loaded, np.ndarray):
+                with loaded:
+                    if not member and len(loaded.files) != 1:
+                        names = ", ".join(loaded.files)
+                        raise SourceError("bad_record", str(path), f"which array? write {text}#NAME, one of {names}")
+                    loaded = loaded[member or loaded.files[0]]
+        except (OSError, ValueError, KeyError, EOFError) as error:
+            raise SourceError("unreadable_file", str(path), f"no array can be read from it ({error})") from error
+        self.files_read.append(path)
+        return loaded
+
+
+def look_up(data: Any, key: str) -> Any:
+    """`data[key]`, or step by step along the dots of the key; None where there is nothing."""
+    if isinstance(data, dict) and key in data:
+        return data[key]
+    for part in key.split("."):
+        if isinstance(data, dict):
+            data = data.get(part)
+        elif isinstance(data, list) and part.isdecimal() and int(part) < len(data):
+            data = data[int(part)]
+        else:
+            return None
+    return data

@@ -1,0 +1,176 @@
+"""The arrays in a .npz archive, read by rows and never unpickled.
+
+An archive is a zip file of .npy members. What was saved without compression is read where it lies; a compressed member
+is unpacked from its start up to the wanted rows, and stays open at that place for the rows that come next.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+import tokenize
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import IO
+
+import numpy as np
+
+from ..video_index import PathLike, VideoError, file_identity
+from .base import SourceError
+
+_READ_ERRORS = (
+    *(zipfile.BadZipFile, zlib.error, ValueError, RuntimeError, EOFError, struct.error, KeyError),
+    *(tokenize.TokenError, SyntaxError),  # NumPy, for a header that it does not understand
+)
+_LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip member: the lengths of its name and of its extra field
+_BLOCK_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """One member: what it holds, and where."""
+
+    member: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    is_fortran: bool  # columns first: a row is not in one place
+    data_start: int  # in the unpacked member
+    file_start: int | None  # in the file; None where it is compressed
+
+    @property
+    def end(self) -> int:
+        """Of the data, in the file or else in the unpacked member."""
+        return (self.data_start if self.file_start is None else self.file_start) + self.num_bytes
+
+    @property
+    def num_bytes(self) -> int:
+        return int(np.prod(self.shape, dtype=object)) * self.dtype.itemsize  # exact: headers can lie
+
+
+@dataclass(frozen=True)
+class NpzIndex:
+    arrays: dict[str, StoredArray]
+    objects: tuple[str, ...]  # arrays of Python objects, left closed
+
+
+def index_npz(path: PathLike) -> NpzIndex:
+    """What the archive holds, from its headers; kept per process. SourceError where it is damaged."""
+    try:
+        return _cached_index(*file_identity(path))
+    except VideoError as error:
+        raise SourceError("missing_file", str(path), error.detail) from error
+
+
+@lru_cache(maxsize=1024)
+def _cached_index(path: str, size: int, mtime_ns: int) -> NpzIndex:
+    arrays: dict[str, StoredArray] = {}
+    objects = []
+    try:
+        with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+            for info in archive.infolist():
+                name, extension = os.path.splitext(info.filename)
+                if extension != ".npy":
+                    continue
+                array = _read_header(archive, info, file)
+                end = info.file_size if array.file_start is None else size
+                if array.dtype.hasobject:
+                    objects.append(name)
+                elif min(array.shape, default=0) < 0 or array.end > end:
+                    raise SourceError("truncated_file", path, f"its array {name} ends before its last row")
+                else:
+                    arrays[name] = array
+    except (*_READ_ERRORS, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # a place before the file's start
+            raise
+        raise _why_not_opened(path, error) from error
+    return NpzIndex(arrays, tuple(objects))
+
+
+def _read_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo, file: IO[bytes]) -> StoredArray:
+    with archive.open(info) as member:
+        is_first_version = np.lib.format.read_magic(member) == (1, 0)  # the later ones have a longer length field
+        read = np.lib.format.read_array_header_1_0 if is_first_version else np.lib.format.read_array_header_2_0
+        shape, is_fortran, dtype = read(member)
+        data_start = member.tell()
+    file_start = None
+    if info.compress_type == zipfile.ZIP_STORED:
+        file.seek(info.header_offset)
+        file_start = info.header_offset + 30 + sum(_LOCAL_HEADER.unpack(file.read(30))) + data_start
+    return StoredArray(info.filename, shape, dtype, is_fortran and len(shape) > 1, data_start, file_start)
+
+
+def _why_not_opened(path: str, error: Exception) -> SourceError:
+    with open(path, "rb") as file:
+        head = file.read(256)
+    if not head:
+        return SourceError("unreadable_file", path, "the file is empty")
+    if head.startswith(b"version https://git-lfs"):
+        detail = "it is a Git LFS pointer: fetch the real file with `git lfs pull`"
+        return SourceError("unreadable_file", path, detail)
+    if head.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(path):
+        return SourceError("truncated_file", path, "its end is missing: copy or download it again")
+    return SourceError("unreadable_file", path, f"it is not a readable .npz archive ({error})")
+
+
+def read_rows(path: PathLike, array: StoredArray, rows: Sequence[int], num_axes: int = 1) -> np.ndarray:
+    """Rows of an array, increasing; its first `num_axes` axes count as one. ValueError where they cannot be read."""
+    shape = array.shape[num_axes:]
+    stride = int(np.prod(shape, dtype=object)) * array.dtype.itemsize
+    path, size, mtime_ns = file_identity(path)
+    try:
+        if array.is_fortran:
+            unpacked = _unpacked_member(path, size, mtime_ns, array.member)
+            whole = np.frombuffer(unpacked.read(array.data_start, array.num_bytes), array.dtype)
+            return whole.reshape(array.shape, order="F").reshape(-1, *shape)[list(rows)]
+        result = np.empty((len(rows), *shape), array.dtype)
+        for place, (first, end) in _runs(rows):
+            if array.file_start is None:
+                unpacked = _unpacked_member(path, size, mtime_ns, array.member)
+                data = unpacked.read(array.data_start + first * stride, (end - first) * stride)
+            else:
+                with open(path, "rb", buffering=0) as file:
+                    data = os.pread(file.fileno(), (end - first) * stride, array.file_start + first * stride)
+            result[place : place + end - first] = np.frombuffer(data, array.dtype).reshape(end - first, *shape)
+    except _READ_ERRORS as error:
+        _unpacked_member.cache_clear()  # what is open stands somewhere unknown
+        raise ValueError(f"rows of {array.member} cannot be read ({error})") from error
+    return result
+
+
+def _runs(rows: Sequence[int]) -> list[tuple[int, tuple[int, int]]]:
+    """Increasing rows as runs [first, end), each with its place in `rows`."""
+    ordered = np.asarray(rows)
+    breaks = np.flatnonzero(np.diff(ordered) != 1) + 1
+    starts = [0, *breaks.tolist()]
+    return [
+        (start, (int(run[0]), int(run[-1]) + 1)) for start, run in zip(starts, np.split(ordered, breaks), strict=True)
+    ]
+
+
+class _UnpackedMember:
+    """A compressed member that is read mostly forward."""
+
+    def __init__(self, path: str, member: str) -> None:
+        self._archive = zipfile.ZipFile(path)
+        self._member = member
+        self._stream = self._archive.open(member)
+
+    def read(self, start: int, size: int) -> bytes:
+        if start < self._stream.tell():
+            self._stream = self._archive.open(self._member)
+        while (ahead := start - self._stream.tell()) > 0:
+            if not self._stream.read(min(ahead, _BLOCK_BYTES)):
+                break
+        data = self._stream.read(size)
+        if len(data) < size:
+            raise EOFError("its end is missing")
+        return data
+
+
+@lru_cache(maxsize=8)
+def _unpacked_member(path: str, size: int, mtime_ns: int, member: str) -> _UnpackedMember:
+    return _UnpackedMember(path, member)

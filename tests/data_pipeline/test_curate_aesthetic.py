@@ -1,0 +1,130 @@
+"""The aesthetic score: CLIP and a linear head from this machine, here tiny ones with random weights."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from configs.loader import UserError
+from data_pipeline.curate.aesthetic import CLIP_MEAN, CLIP_STD, AestheticConfig, AestheticScorer
+from data_pipeline.curate.filters import FilterConfig, broken_rule, filter_scores
+from data_pipeline.video_io import decode_frames
+
+WIDTH, SIZE = 12, 32
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=SIZE,
+        patch_size=8,
+        projection_dim=WIDTH,
+    )
+    folder = tmp_path_factory.mktemp("clip")
+    CLIPVisionModelWithProjection(config).save_pretrained(folder)
+    return folder
+
+
+def write_head(path, layers):
+    """`layers`: name -> output size, in order."""
+    torch.manual_seed(1)
+    tensors, width = {}, WIDTH
+    for name, size in layers.items():
+        prefix = f"{name}." if name else ""
+        tensors |= {f"{prefix}weight": torch.randn(size, width), f"{prefix}bias": torch.randn(size)}
+        width = size
+    save_file(tensors, path)
+    return path
+
+
+def scorer(clip_folder, path, layers=None):
+    return AestheticScorer(AestheticConfig(clip=clip_folder, head=write_head(path, layers or {"": 1})))
+
+
+def video(seed=0, height=40, width=56):
+    return np.random.default_rng(seed).integers(0, 256, (5, height, width, 3), dtype=np.uint8)
+
+
+def test_the_score_is_the_head_of_clips_embedding(clip_folder, tmp_path):
+    clip = CLIPVisionModelWithProjection.from_pretrained(clip_folder).eval()
+    weight, bias = _tensors(write_head(tmp_path / "head.safetensors", {"": 1}))
+    frames = video(height=SIZE, width=SIZE)
+    pixels = (torch.from_numpy(frames[[0, 2, 4]]).float() / 255 - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)
+    with torch.inference_mode():
+        embeddings = clip(pixel_values=pixels.permute(0, 3, 1, 2)).image_embeds
+    embeddings = embeddings / embeddings.norm(dim=-1, keepdim=True)
+    expected = (embeddings @ weight.T + bias).mean()
+    found = scorer(clip_folder, tmp_path / "head.safetensors")
+    assert found.score(frames) == pytest.approx(float(expected), abs=1e-5)
+    np.testing.assert_allclose(found.embed(frames), embeddings.numpy(), atol=1e-5)
+
+
+def _tensors(path):
+    from safetensors.torch import load_file
+
+    tensors = load_file(path)
+    return tensors["weight"], tensors["bias"]
+
+
+def test_a_head_of_several_layers(clip_folder, tmp_path):
+    """LAION's second head: linear layers numbered with gaps, ten and more of them in the order of their numbers."""
+    layers = {"layers.0": 8, "layers.2": 6, "layers.10": 1}
+    found = scorer(clip_folder, tmp_path / "head.safetensors", layers)
+    assert [weight.shape[0] for weight, _ in found._layers] == [8, 6, 1]
+    assert np.isfinite(found.score(video()))
+
+
+@pytest.mark.parametrize("layers", [{"": 2}, {"layers.0": 8, "layers.1": 3}])
+def test_a_head_that_is_no_score(clip_folder, tmp_path, layers):
+    with pytest.raises(UserError, match="must lead to one number"):
+        scorer(clip_folder, tmp_path / "head.safetensors", layers)
+
+
+def test_what_cannot_be_a_head(clip_folder, tmp_path):
+    path = tmp_path / "head.safetensors"
+    save_file({"weight": torch.zeros(1, WIDTH + 1), "bias": torch.zeros(1)}, path)
+    config = AestheticConfig(clip=clip_folder, head=path)
+    with pytest.raises(UserError, match=f"no linear layer of {WIDTH} numbers"):
+        AestheticScorer(config)
+    for content in (b"", b"\x80\x02}q\x00.", b"version https://git-lfs.github.com/spec/v1"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="is no safetensors file"):
+            AestheticScorer(config)
+    with pytest.raises(UserError, match="is no safetensors file"):
+        AestheticScorer(config.model_copy(update={"head": tmp_path / "missing.safetensors"}))
+
+
+def test_weights_are_never_downloaded_or_unpickled(tmp_path):
+    head = write_head(tmp_path / "head.safetensors", {"": 1})
+    with pytest.raises(UserError, match="is not a folder"):
+        AestheticScorer(AestheticConfig(clip=tmp_path / "openai/clip", head=head))
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled/config.json").write_text("{}")
+    (tmp_path / "pickled/pytorch_model.bin").write_bytes(b"\x80\x02.")
+    with pytest.raises(UserError, match="holds no"):
+        AestheticScorer(AestheticConfig(clip=tmp_path / "pickled", head=head))
+
+
+def test_the_filter(clip_folder, tmp_path):
+    head = write_head(tmp_path / "head.safetensors", {"": 1})
+    weights = AestheticConfig(clip=clip_folder, head=head)
+    views, sizes = {"a": video(0), "b": video(1)}, {"a": 40, "b": 40}
+    score = filter_scores(views, sizes, weights)["aesthetic"]
+    each = [AestheticScorer(weights).score(one) for one in views.values()]
+    assert score == pytest.approx(np.mean(each), abs=1e-5)
+    for limit, reason in ((score + 0.1, "not_aesthetic"), (score - 0.1, None)):
+        broken = broken_rule({"aesthetic": score}, FilterConfig(aesthetic=weights, min_aesthetic=limit))
+        assert (broken and broken[0]) == reason
+    assert "aesthetic" not in filter_scores(views, sizes)
+
+
+def test_real_frames_have_scores(clip_folder, tmp_path, shared_data):
+    frames = decode_frames(shared_data / "human_sam2_sav/04_coffee.mp4", range(5))
+    found = scorer(clip_folder, tmp_path / "head.safetensors")
+    assert np.isfinite(found.score(frames)) and found.score(frames) == found.score(frames.copy())

@@ -1,0 +1,160 @@
+"""Duplicates: which of several alike is kept does not depend on order, and nothing unlike is dropped."""
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipeline.curate.duplicates import (
+    DuplicateConfig,
+    Leak,
+    exact_duplicates,
+    find_leaks,
+    near_duplicates,
+    semantic_duplicates,
+)
+
+NUM_BITS = 256
+SHARE = 0.03
+MAX_BITS = int(SHARE * NUM_BITS)
+
+
+def shuffled(mapping, seed):
+    items = list(mapping.items())
+    random.Random(seed).shuffle(items)
+    return dict(items)
+
+
+def hexadecimal(value):
+    return f"{value:0{NUM_BITS // 4}x}"
+
+
+def distance(one, other):
+    return (int(one, 16) ^ int(other, 16)).bit_count()
+
+
+def flipped(value, bits):
+    for bit in bits:
+        value ^= 1 << bit
+    return value
+
+
+@st.composite
+def families(draw):
+    """Hashes around a few centres, some close to each other and some not, with qualities."""
+    centres = [draw(st.integers(0, 2**NUM_BITS - 1)) for _ in range(draw(st.integers(1, 3)))]
+    values = [
+        flipped(draw(st.sampled_from(centres)), draw(st.lists(st.integers(0, NUM_BITS - 1), max_size=12)))
+        for _ in range(draw(st.integers(1, 12)))
+    ]
+    keys = [f"clip{i:02d}" for i in range(len(values))]
+    quality = {key: draw(st.sampled_from([0.0, 1.0])) for key in keys[::2]}
+    return dict(zip(keys, map(hexadecimal, values), strict=True)), quality
+
+
+# --- exact --------------------------------------------------------------------------------------------------------
+
+
+@given(st.dictionaries(st.text(min_size=1, max_size=3), st.sampled_from("abc")), st.integers(0, 9))
+def test_one_of_each_stays(hashes, seed):
+    rejected = exact_duplicates(hashes)
+    assert rejected == exact_duplicates(shuffled(hashes, seed))
+    kept = hashes.keys() - rejected.keys()
+    assert sorted(hashes[key] for key in kept) == sorted(set(hashes.values()))
+    assert all(first in kept and first < key and hashes[first] == hashes[key] for key, first in rejected.items())
+
+
+def test_the_best_stays_then_the_smallest_key():
+    hashes = {"c": "x", "b": "x", "a": "x", "d": "y"}
+    assert exact_duplicates(hashes) == {"b": "a", "c": "a"}
+    assert exact_duplicates(hashes, {"c": 1.0}) == {"a": "c", "b": "c"}
+
+
+# --- near ---------------------------------------------------------------------------------------------------------
+
+
+@given(families(), st.integers(0, 9))
+def test_near_duplicates_as_comparing_all_pairs(family, seed):
+    phashes, quality = family
+    kept, expected = [], {}
+    for key in sorted(phashes, key=lambda key: (-quality.get(key, 0.0), key)):
+        close = [(distance(phashes[key], phashes[other]), place, other) for place, other in enumerate(kept)]
+        if close and min(close)[0] <= MAX_BITS:
+            expected[key] = min(close)[2]
+        else:
+            kept.append(key)
+    assert near_duplicates(phashes, SHARE, quality) == expected
+    assert near_duplicates(shuffled(phashes, seed), SHARE, shuffled(quality, seed)) == expected
+
+
+@pytest.mark.parametrize(("num_flipped", "is_near"), [(0, True), (MAX_BITS, True), (MAX_BITS + 1, False)])
+def test_the_limit_is_exact(num_flipped, is_near):
+    base = random.Random(0).getrandbits(NUM_BITS)
+    for seed in range(50):
+        other = flipped(base, random.Random(seed).sample(range(NUM_BITS), num_flipped))
+        assert (near_duplicates({"a": hexadecimal(base), "b": hexadecimal(other)}, SHARE) == {"b": "a"}) == is_near
+
+
+def test_hashes_of_other_lengths_are_refused():
+    with pytest.raises(ValueError, match="cannot be compared"):
+        near_duplicates({"a": "00", "b": "0000"}, 0.1)
+    assert near_duplicates({}, 0.1) == {}
+
+
+@given(families(), families())
+def test_leaks_are_the_close_pairs(train, validation):
+    train_hashes = {f"t{key}": phash for key, phash in train[0].items()}
+    pairs = [
+        Leak(key, other, distance(phash, train_hashes[other]))
+        for key, phash in validation[0].items()
+        for other in train_hashes
+        if distance(phash, train_hashes[other]) <= MAX_BITS
+    ]
+    assert find_leaks(train_hashes, validation[0], SHARE) == sorted(pairs)
+
+
+# --- semantic -----------------------------------------------------------------------------------------------------
+
+
+def groups(num_groups, size, dim=32, spread=0.01, seed=0):
+    """`size` embeddings around each of some random directions, by key."""
+    generator = np.random.default_rng(seed)
+    centres = np.repeat(generator.normal(size=(num_groups, dim)), size, axis=0)
+    vectors = centres + spread * generator.normal(size=centres.shape)
+    lengths = generator.uniform(0.5, 2.0, (len(vectors), 1))  # only directions count
+    keys = [f"{group:03d}-{one}" for group in range(num_groups) for one in range(size)]
+    return keys, (lengths * vectors).astype(np.float32)
+
+
+@pytest.mark.parametrize("cluster_size", [1000, 30])
+def test_one_of_each_meaning_stays(cluster_size):
+    keys, embeddings = groups(60, 3)
+    rejected = semantic_duplicates(keys, embeddings, 0.95, cluster_size=cluster_size)
+    assert rejected == {key: f"{key[:3]}-0" for key in keys if not key.endswith("-0")}
+    assert semantic_duplicates(keys, embeddings, 0.9999999, cluster_size=cluster_size) == {}
+
+
+@pytest.mark.parametrize("cluster_size", [1000, 30])
+def test_the_order_does_not_matter(cluster_size):
+    keys, embeddings = groups(40, 4, spread=0.15)
+    quality = {key: float(key.endswith("-2")) for key in keys}
+    order = np.random.default_rng(1).permutation(len(keys))
+    first = semantic_duplicates(keys, embeddings, 0.97, quality, cluster_size)
+    again = semantic_duplicates([keys[i] for i in order], embeddings[order], 0.97, quality, cluster_size)
+    assert 0 < len(first) < len(keys) and first == again
+    assert all(kept not in first for kept in first.values())
+
+
+def test_bad_embeddings_are_refused():
+    with pytest.raises(ValueError, match="2 different keys of 3"):
+        semantic_duplicates(["a", "a", "b"], np.ones((3, 2), np.float32), 0.9)
+    with pytest.raises(ValueError, match="not finite"):
+        semantic_duplicates(["a", "b"], np.full((2, 2), np.nan, np.float32), 0.9)
+    assert semantic_duplicates([], np.zeros((0, 4), np.float32), 0.9) == {}
+    assert semantic_duplicates(["a", "b"], np.zeros((2, 4), np.float32), 0.9) == {}
+
+
+def test_near_and_semantic_are_off_by_default():
+    assert DuplicateConfig().near is None and DuplicateConfig().semantic is None

@@ -1,0 +1,179 @@
+"""What names and numbers give away about a robot: recordings made here, whose layout is known, and real ones."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipeline.embodiment_proposal import propose_embodiment
+from data_pipeline.embodiments import RotationSlots
+from data_pipeline.rotations import Rotation, encode
+from data_pipeline.sources import LeRobotConfig, open_source
+
+seeds = st.integers(0, 2**32 - 1)
+XYZ = ("x", "y", "z")
+
+
+def generic(prefix, dim):
+    return tuple(f"{prefix}_{i}" for i in range(dim))
+
+
+def walk(rng, rows, dim, step=0.02):
+    return np.cumsum(rng.normal(0, step, (rows, dim)), axis=0)
+
+
+def turning(rng, rows):
+    return Rotation.from_rotvec([0.3, 0, 0]) * Rotation.from_rotvec(walk(rng, rows, 3, 0.15))
+
+
+def propose(actions, proprio=None, action_names=None, proprio_names=None, hz=10.0):
+    action_names = action_names or generic("action", actions.shape[1])
+    if proprio is not None and proprio_names is None:
+        proprio_names = generic("proprio", proprio.shape[1])
+    episodes = None if proprio is None else [proprio[:40].astype(np.float32), proprio[40:].astype(np.float32)]
+    return propose_embodiment(
+        "arm", [actions[:40].astype(np.float32), actions[40:].astype(np.float32)], episodes, hz, action_names,
+        proprio_names or (),
+    )  # fmt: skip
+
+
+@given(st.sampled_from(["quaternion_xyzw", "six_d_columns"]), st.integers(0, 3), seeds)
+def test_unnamed_rotations_are_found_by_their_shape(form, place, seed):
+    rng = np.random.default_rng(seed)
+    rotation = encode(turning(rng, 80), form)
+    actions = np.concatenate([walk(rng, 80, place), rotation, walk(rng, 80, 2)], axis=1)
+    robot, why = propose(actions)
+    slots = tuple(range(place, place + rotation.shape[1]))
+    assert robot.action_rotations == (RotationSlots(slots=slots, format=form),)
+    assert any("check whether" in sentence for sentence in why) and "pose_frame" in why[-1]
+
+
+@pytest.mark.parametrize(
+    ("names", "slots", "form"),
+    [
+        (("qx", "qy", "qz", "qw"), (0, 1, 2, 3), "quaternion_xyzw"),
+        (("left_qw", "left_qx", "left_qy", "left_qz"), (0, 1, 2, 3), "quaternion_wxyz"),
+        (("ee.quat.x", "ee.quat.y", "ee.quat.z", "ee.quat.w"), (0, 1, 2, 3), "quaternion_xyzw"),
+        (("roll", "pitch", "yaw"), (0, 1, 2), "euler_xyz_extrinsic"),
+        (("tcp_rotvec_x", "tcp_rotvec_y", "tcp_rotvec_z"), (0, 1, 2), "axis_angle"),
+    ],
+)
+def test_named_rotations(names, slots, form):
+    rows = encode(turning(np.random.default_rng(0), 80), form)
+    robot, _ = propose(rows, action_names=names)
+    assert robot.action_rotations == (RotationSlots(slots=slots, format=form),)
+
+
+@pytest.mark.parametrize("form", ["axis_angle", "euler_xyz_extrinsic"])
+@pytest.mark.parametrize("in_degrees", [False, True])
+def test_rx_ry_rz_are_what_turns_smoothly(form, in_degrees):
+    times = np.linspace(0, 6 * np.pi, 200)
+    rotations = Rotation.from_rotvec(np.outer(times, [0, 0.6, 0.8])) * Rotation.from_rotvec([np.pi / 2, 0, 0])
+    robot, why = propose(encode(rotations, form, in_degrees), action_names=("rx", "ry", "rz"))
+    assert [one.format for one in robot.action_rotations] == [form] and "from one row to the next" in why[0]
+    assert robot.action_units == (("deg",) * 3 if in_degrees else ("rad",) * 3)
+
+
+def test_a_wrists_roll_pitch_and_yaw_are_three_joints():
+    names = ("kLeftWristRoll", "kLeftWristPitch", "kLeftWristYaw", "left.joint_1.pos")
+    robot, _ = propose(walk(np.random.default_rng(0), 80, 4), action_names=names)
+    assert robot.action_rotations == () and robot.joint_actions == (0, 1, 2, 3) and robot.action_units == ("rad",) * 4
+
+
+def test_grippers_joints_and_units():
+    rng = np.random.default_rng(0)
+    actions = np.concatenate(
+        [walk(rng, 80, 2), 60 * walk(rng, 80, 1), rng.integers(0, 2, (80, 2)), 300 + walk(rng, 80, 1)], axis=1
+    )
+    robot, why = propose(actions, action_names=("j1", "shoulder.pos", "j3", "gripper", "mode", "x"))
+    assert robot.gripper_actions == (3, 4) and robot.joint_actions == (0, 1, 2)
+    assert robot.action_units == ("deg", "deg", "deg", "", "", "mm")
+    assert any("only ever has two values" in sentence for sentence in why)
+
+
+@pytest.mark.parametrize("unit", ["rad", "deg"])
+def test_a_wrapping_joint_is_seen_to_wrap(unit):
+    full_turn = 360 if unit == "deg" else 2 * np.pi
+    angles = (np.linspace(0, 2.4, 80) % 1 - 0.5) * full_turn
+    rows = np.column_stack([angles, 0.4 * full_turn * np.sin(np.linspace(0, 9, 80))])
+    robot, why = propose(rows, rows, action_names=("joint_0", "joint_1"), proprio_names=("joint_0", "joint_1"))
+    assert robot.wrapping_actions == robot.wrapping_proprio == (0,)
+    assert robot.action_units == (unit, unit) and any("wraps" in sentence for sentence in why)
+
+
+@given(st.sampled_from(["target", "delta", "velocity"]), st.booleans(), seeds)
+def test_targets_deltas_and_velocities_are_told_apart(kind, is_named, seed):
+    rng = np.random.default_rng(seed)
+    state = np.cumsum(walk(rng, 80, 3, 0.005), axis=0)
+    change = np.diff(state, axis=0, append=state[-1:])
+    actions = {"target": state + change, "delta": 5 * change, "velocity": change * 10.0}[kind]
+    actions = actions + rng.normal(0, 0.05 * actions.std(), actions.shape)
+    if kind != "target":  # the last row of an episode is followed by none
+        actions[39] = actions[-1] = 0
+    names = XYZ if is_named else None
+    robot, _ = propose(actions, state, action_names=names, proprio_names=names)
+    assert robot.delta_actions == ((0, 1, 2) if kind == "delta" else ())
+    assert robot.velocity_actions == ((0, 1, 2) if kind == "velocity" else ())
+
+
+def test_names_tell_the_kind_too():
+    rng = np.random.default_rng(0)
+    names = ("delta_x", "d_yaw", "dz", "base_vel_x", "vy", "w_z", "index_0")
+    robot, _ = propose(walk(rng, 80, 7), action_names=names)
+    assert robot.delta_actions == (0, 2) and robot.velocity_actions == (3, 4)
+
+
+def test_without_proprio_a_person_is_asked():
+    _, why = propose(walk(np.random.default_rng(0), 80, 2))
+    assert any("check that it is no delta" in sentence for sentence in why)
+
+
+@given(st.booleans(), seeds)
+def test_a_rotation_is_one_on_both_sides_or_on_neither(is_whole, seed):
+    rng = np.random.default_rng(seed)
+    rotvec = encode(turning(rng, 80), "axis_angle")
+    names = ("rx", "ry", "rz") if is_whole else ("rx", "ry", "force")
+    robot, _ = propose(rotvec, np.zeros((80, 3)), action_names=("rx", "ry", "rz"), proprio_names=names)
+    assert len(robot.action_rotations) == len(robot.proprio_rotations) == int(is_whole)
+
+
+@given(st.integers(0, 12), st.integers(0, 6), st.integers(0, 40), seeds)
+def test_any_numbers_give_a_layout(action_dim, proprio_dim, rows, seed):
+    rng = np.random.default_rng(seed)
+    words = ["x", "y", "z", "rx", "ry", "rz", "qx", "qy", "qz", "qw", "gripper", "joint", "roll", "pitch", "yaw", "dx"]
+    actions, proprio = rng.normal(0, 3, (rows, action_dim)), rng.normal(0, 3, (rows, proprio_dim))
+    actions[rng.uniform(size=actions.shape) < 0.02] = np.nan
+    propose(
+        actions, proprio, tuple(rng.permutation(words)[:action_dim]), tuple(rng.permutation(words)[:proprio_dim])
+    )  # fmt: skip
+
+
+def test_nothing_recorded():
+    robot, why = propose_embodiment("arm", [], None, 10.0, ("x", "gripper"))
+    assert robot.gripper_actions == (1,) and why
+
+
+@pytest.mark.parametrize(
+    ("folder", "unit", "num_joints"),
+    [
+        ("g1_real_lerobot_v21_trim", "rad", 26),
+        ("gr00t_pnp_lerobot_v2", "rad", 39),
+        ("open50_lerobot_v30_trim", "deg", 34),
+    ],
+)
+def test_real_robots(shared_data: Path, folder: str, unit: str, num_joints: int):
+    source = open_source(LeRobotConfig(path=shared_data / folder))
+    episodes = [source.read_episode(episode_id) for episode_id in source.list_episodes()]
+    known = source.embodiment()
+    robot, _ = propose_embodiment(
+        known.name,
+        [episode.actions for episode in episodes],
+        [episode.proprio for episode in episodes],
+        known.control_hz,
+        known.action_names,
+        known.proprio_names,
+    )
+    assert len(robot.joint_actions) == num_joints and set(robot.action_units) <= {unit, ""}
+    assert robot.action_rotations == robot.delta_actions == robot.velocity_actions == robot.wrapping_actions == ()
