@@ -14,6 +14,7 @@ those of the processes that do the work: other jobs on the machine count for nei
 """
 
 import argparse
+import functools
 import importlib.util
 import multiprocessing
 import os
@@ -23,7 +24,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -100,7 +101,7 @@ def _cpu_s() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def in_turn(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[tuple[float, float]]]:
+def in_turn(works: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[tuple[float, float]]]:
     """(CPU, wall) seconds of each, `repeats` times; a first round warms up and is not counted."""
     timings: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
     for repeat in range(repeats + 1):
@@ -127,12 +128,12 @@ def floor(sets: list[Set], repeats: int, price: float) -> None:
     say(f"floor: {'the ffmpeg command' if has_ffmpeg else 'PyAV (ffmpeg is not installed)'}")
     for one in sets:
         works: dict[str, Callable[[], object]] = {
-            "curation": lambda one=one: curate(one),
-            "pixels only": lambda one=one: our_pixels(one),
-            "PyAV": lambda one=one: pyav_floor(one),
+            "curation": functools.partial(curate, one),
+            "pixels only": functools.partial(our_pixels, one),
+            "PyAV": functools.partial(pyav_floor, one),
         }
         if has_ffmpeg:
-            works["ffmpeg"] = lambda one=one: ffmpeg_floor(one)
+            works["ffmpeg"] = functools.partial(ffmpeg_floor, one)
         timings = in_turn(works, repeats)
         base = timings["ffmpeg" if has_ffmpeg else "PyAV"]
         footage_s = one.footage_s()
@@ -247,10 +248,7 @@ def decode(sets: list[Set], repeats: int) -> None:
             readers["torchcodec"] = _torchcodec_frames
         orders = {"in order": [list(range(total))], "windows": [list(range(i, i + CLIP_FRAMES)) for i in starts]}
         for order, requests in orders.items():
-            works = {
-                name: lambda read=read, requests=requests, path=path: [read(path, request) for request in requests]
-                for name, read in readers.items()
-            }
+            works = {name: functools.partial(_read_all, read, path, requests) for name, read in readers.items()}
             timings = in_turn(works, repeats)
             count = sum(map(len, requests))
             rates = {name: count / statistics.median(cpu for cpu, _ in values) for name, values in timings.items()}
@@ -258,6 +256,11 @@ def decode(sets: list[Set], repeats: int) -> None:
             say(f"  {one.name:28} {order:9} " + "  ".join(f"{n} {r:.0f}/s" for n, r in rates.items()) + f"   {versus}")
     if not has_torchcodec:
         say("  (torchcodec is not installed)")
+
+
+def _read_all(read: Callable[[str, list[int]], object], path: str, requests: list[list[int]]) -> None:
+    for request in requests:
+        read(path, request)
 
 
 def _our_frames(path: str, positions: list[int]) -> np.ndarray:
@@ -269,11 +272,12 @@ def _pyav_frames(path: str, positions: list[int]) -> np.ndarray:
     with av.open(path) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
+        assert stream.average_rate is not None and stream.time_base is not None
         start = int(positions[0] / stream.average_rate / stream.time_base)
         container.seek(start, stream=stream)
         frames: list[np.ndarray] = []
         for frame in container.decode(stream):
-            if frame.pts >= start:
+            if frame.pts is not None and frame.pts >= start:
                 frames.append(frame.to_ndarray(format="rgb24"))
             if len(frames) == len(positions):
                 break
@@ -309,13 +313,16 @@ def workers(sets: list[Set], paths: list[Path], size: int, repeats: int) -> None
         say(f"  {one.name:28} wall {statistics.median(gains):.2f}x   by CPU seconds {statistics.median(busy):.2f}x")
 
 
+_KEPT: list[Set] = []
+"""Of a worker process: what it has opened once."""
+
+
 def _keep_open(path: Path, size: int) -> None:
-    global _kept
-    _kept = Set.open(path, size)
+    _KEPT[:] = [Set.open(path, size)]
 
 
 def _curate_kept(_: int) -> float:
-    return cpu_and_wall(lambda: curate(_kept))[0]
+    return cpu_and_wall(lambda: curate(_KEPT[0]))[0]
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
