@@ -14,7 +14,9 @@ from data_pipeline.curate.duplicates import (
     find_leaks,
     near_duplicates,
     semantic_duplicates,
+    without_duplicates,
 )
+from data_pipeline.staging import EpisodeRecord, StagedClip
 
 NUM_BITS = 256
 SHARE = 0.03
@@ -156,5 +158,30 @@ def test_bad_embeddings_are_refused():
     assert semantic_duplicates(["a", "b"], np.zeros((2, 4), np.float32), 0.9) == {}
 
 
-def test_near_and_semantic_are_off_by_default():
-    assert DuplicateConfig().near is None and DuplicateConfig().semantic is None
+def record(source, episode, *, has_actions=False, phashes=("0" * 64,), video="a"):
+    clips = [
+        StagedClip(key=f"{source}{episode}{n}", clip_index=n, start_s=n, motion=0, offset=0, num_bytes=0, phash=phash)
+        for n, phash in enumerate(phashes)
+    ]
+    common = {"content_sha256": source, "embodiment": None, "repairs": (), "rejected": (), "video_sha256": video}
+    return EpisodeRecord(
+        source=source, episode=episode, found=len(clips), clips=clips, has_actions=has_actions, **common
+    )
+
+
+def test_of_two_copies_the_one_with_actions_stays():
+    copies = [record("a", "1"), record("b", "1", has_actions=True), record("c", "1", video="other")]
+    kept = without_duplicates(copies, DuplicateConfig())
+    assert [len(one.clips) for one in kept] == [0, 1, 1]
+    (rejection,) = kept[0].rejected
+    assert (rejection.reason, rejection.detail, rejection.clip_index) == ("duplicate", "duplicate_of b/1", 0)
+    assert all(one.found == len(one.clips) + len(one.rejected) for one in kept)
+    assert without_duplicates(copies, DuplicateConfig(exact=False)) == copies
+
+
+def test_near_copies_go_only_where_that_is_asked_for():
+    near = "0" * 63 + "1"
+    clips = [record("a", "1", phashes=("0" * 64, "f" * 64)), record("b", "1", video="b", phashes=(near,))]
+    assert without_duplicates(clips, DuplicateConfig()) == clips
+    kept = without_duplicates(clips, DuplicateConfig(near=0.02))
+    assert [len(one.clips) for one in kept] == [2, 0] and kept[1].rejected[0].detail == "duplicate_of a10"
