@@ -218,10 +218,9 @@ def test_without_staging_the_names_of_the_episodes_have_to_do(recordings, tmp_pa
     assert DatasetIndex(out).info.sources["people"].episodes == 6
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 0, 1)])
-def test_the_tasks_of_a_job_array_give_the_same_bytes(recordings, dataset, tmp_path, order):
+def test_the_tasks_of_a_job_array_give_the_same_bytes(recordings, dataset, tmp_path):
     out = tmp_path / "dataset"
-    for index in order:
+    for index in (2, 0, 0, 1):  # in any order, and repeated
         assert not out.exists()
         build.main(config_of(recordings, out, partition=f"{index}/3"))
     assert digests(out) == digests(dataset)
