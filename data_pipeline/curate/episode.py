@@ -21,9 +21,10 @@ from ..dataset import code_version
 from ..embodiments import Embodiment
 from ..sample import SCHEMA_VERSION, VIEW_NAME, Sample, SampleMeta, SourceMeta, ViewMeta
 from ..shards import TarWriter, tar_records
-from ..sources import AnySourceConfig, Episode, Footage, Source, SourceError, VideoSegment, open_source
+from ..sources import AnySourceConfig, Episode, Footage, Source, SourceError, open_source
+from ..sources.base import check_dims
 from ..staging import EpisodeRecord, Rejection, StagedClip, Staging, digest, forget_record, write_record
-from ..video_io import VideoError, ViewConfig, decode_frames, encode_video, prepare_view
+from ..video_io import VideoError, ViewConfig, encode_video
 from .clips import clip_key, view_role
 from .cutting import ClipShape, cut_episode
 from .filters import FilterConfig, broken_rule, filter_scores
@@ -217,13 +218,7 @@ def _rejection(error: Exception, where: str) -> Rejection:
 def _check_control(episode: Episode, embodiment: Embodiment | None) -> None:
     if embodiment is None or episode.actions is None:
         return
-    found = (episode.actions.shape[1], episode.proprio.shape[1] if episode.proprio is not None else 0)
-    if found != (embodiment.action_dim, embodiment.proprio_dim):
-        detail = (
-            f"{found[0]} action and {found[1]} proprio dimensions, but {embodiment.name} has "
-            f"{embodiment.action_dim} and {embodiment.proprio_dim}"
-        )
-        raise RejectedError(Rejection(where=episode.uri, reason="wrong_dimensions", detail=detail))
+    check_dims(embodiment, episode.actions, episode.proprio, episode.uri)
     problem = row_times_problem(episode.control_times_s, len(episode.actions))
     if problem is not None:
         raise RejectedError(Rejection(where=episode.uri, reason="bad_control_times", detail=problem))
@@ -334,7 +329,7 @@ def _decode_block(plan: CuratePlan, footages: dict[str, Footage], block: list[_C
         videos: list[_Pixels] = [{} for _ in block]
         for view, footage in footages.items():
             wanted = np.unique(np.concatenate([clip.frames[view] for clip in block]))
-            pixels = _read_view(footage, wanted.tolist(), plan.views[view])
+            pixels = footage.read_view(wanted.tolist(), plan.views[view])
             for video, clip in zip(videos, block, strict=True):
                 video[view] = pixels[np.searchsorted(wanted, clip.frames[view])]
         return list(videos)
@@ -343,12 +338,6 @@ def _decode_block(plan: CuratePlan, footages: dict[str, Footage], block: list[_C
             return [error]
         half = len(block) // 2
         return [*_decode_block(plan, footages, block[:half]), *_decode_block(plan, footages, block[half:])]
-
-
-def _read_view(footage: Footage, positions: Sequence[int], view: ViewConfig) -> np.ndarray:
-    if type(footage) is VideoSegment:  # scaled while it is decoded: going by the full picture takes five times as long
-        return decode_frames(footage.path, positions, view)
-    return prepare_view(footage.read(positions), view)
 
 
 # --- the sample ---------------------------------------------------------------------------------------------------

@@ -22,21 +22,29 @@ from pydantic import Field, PositiveFloat
 from configs.loader import UserError
 
 from ..embodiments import Embodiment
-from .base import Episode, Footage, SourceConfig, SourceError, content_sha256, key_safe
+from .base import (
+    Episode,
+    Footage,
+    SourceConfig,
+    SourceError,
+    check_dims,
+    content_sha256,
+    find_files,
+    key_safe,
+    stable_id,
+)
 from .hdf5 import (
+    HDF5_SUFFIXES,
     Hdf5Images,
     any_file,
-    check_dims,
     find_all,
     find_dataset,
-    find_files,
     find_group,
     image_footage,
     open_hdf5,
     read_rows,
     read_text,
     relative_parts,
-    stable_id,
     usable_frames,
 )
 
@@ -136,7 +144,7 @@ class AlohaSource:
         root = self._config.path
         if not root.exists():
             raise UserError(f"{root}: there is no such file or folder; check the path of the recordings.")
-        files = {stable_id(*relative_parts(path, root)): path for path in find_files(root)}
+        files = {stable_id(*relative_parts(path, root)): path for path in find_files(root, HDF5_SUFFIXES)}
         if not files:
             raise UserError(f"{root}: holds no ALOHA episodes (episode_0.hdf5, …).")
         return files

@@ -10,21 +10,21 @@ import hashlib
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from jaxtyping import Float64, Int64, UInt8
+from jaxtyping import Float32, Float64, Int64, UInt8
 from pydantic import Field, PositiveInt
 
 from configs.loader import StrictConfig
 
 from ..align import nearest_frames
 from ..embodiments import Embodiment
-from ..video_io import decode_frames, frame_indices_at, probe_video
+from ..video_io import ViewConfig, decode_frames, frame_indices_at, prepare_view, probe_video
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,10 @@ class Footage(Protocol):
         """The frames at these positions (any order, repeats allowed): RGB, upright, square pixels."""
         ...
 
+    def read_view(self, positions: Sequence[int], view: ViewConfig) -> UInt8[np.ndarray, "f h w 3"]:
+        """The same, cut and scaled to a view of the dataset."""
+        ...
+
 
 @dataclass(frozen=True)
 class VideoSegment:
@@ -81,6 +85,10 @@ class VideoSegment:
     def read(self, positions: Sequence[int]) -> UInt8[np.ndarray, "f h w 3"]:
         return decode_frames(self.path, positions)
 
+    def read_view(self, positions: Sequence[int], view: ViewConfig) -> UInt8[np.ndarray, "f h w 3"]:
+        # Scaled while it is decoded: going by the full picture takes five times as long.
+        return decode_frames(self.path, positions, view)
+
 
 @dataclass(frozen=True)
 class StoredImages(ABC):
@@ -92,6 +100,9 @@ class StoredImages(ABC):
 
     @abstractmethod
     def read(self, positions: Sequence[int]) -> UInt8[np.ndarray, "f h w 3"]: ...
+
+    def read_view(self, positions: Sequence[int], view: ViewConfig) -> UInt8[np.ndarray, "f h w 3"]:
+        return prepare_view(self.read(positions), view)
 
     @property
     @abstractmethod
@@ -193,6 +204,45 @@ class Source(Protocol):
 def key_safe(text: str) -> str:
     """`text` with everything but [A-Za-z0-9_-] replaced (a dot in a name would end the sample's key)."""
     return re.sub(r"[^A-Za-z0-9_-]+", "_", text).strip("_") or "unnamed"
+
+
+def stable_id(*parts: str) -> str:
+    """An episode id that follows from a relative path and a name inside the file alone: adding files changes none."""
+    whole = "/".join(parts)
+    readable = key_safe(os.path.splitext(whole)[0])[-60:].strip("_")
+    return f"{readable}_{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
+
+
+def find_files(root: Path, suffixes: Sequence[str]) -> Iterator[Path]:
+    """Files at or below `root` that end so, folder by folder in order, hidden ones (such as macOS' `._x`) left out."""
+    if root.is_file():
+        if root.name.lower().endswith(tuple(suffixes)):
+            yield root
+        return
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if name.lower().endswith(tuple(suffixes)) and not name.startswith("."):
+                yield Path(folder, name)
+
+
+def check_dims(
+    embodiment: Embodiment | None,
+    actions: Float32[np.ndarray, "n a"] | None,
+    proprio: Float32[np.ndarray, "n s"] | None,
+    where: str,
+) -> None:
+    """SourceError where an episode has not as many numbers a row as its robot."""
+    if embodiment is None or actions is None:
+        return
+    found = (actions.shape[1], 0 if proprio is None else proprio.shape[1])
+    wanted = (embodiment.action_dim, embodiment.proprio_dim)
+    if found != wanted:
+        detail = (
+            f"it has {found[0]} action and {found[1]} proprio values a row, the embodiment {embodiment.name} has "
+            f"{wanted[0]} and {wanted[1]}"
+        )
+        raise SourceError("wrong_dims", where, detail)
 
 
 def content_sha256(paths: Iterable[str | os.PathLike[str]], *extra: bytes) -> str:

@@ -35,17 +35,26 @@ from configs.loader import UserError
 
 from ..align import resample
 from ..embodiments import Embodiment, RotationSlots
-from ..video_io import VideoError, VideoInfo, decode_frames, probe_video
-from .base import Episode, Footage, FootageInfo, SourceConfig, SourceError, VideoSegment, content_sha256, key_safe
-from .hdf5 import (
+from ..video_io import VideoError, VideoInfo, ViewConfig, decode_frames, probe_video
+from .base import (
+    Episode,
+    Footage,
+    FootageInfo,
+    SourceConfig,
+    SourceError,
+    VideoSegment,
     check_dims,
+    content_sha256,
+    find_files,
+    key_safe,
+    stable_id,
+)
+from .hdf5 import (
     find_all,
     find_dataset,
-    find_files,
     find_group,
     open_hdf5,
     read_rows,
-    stable_id,
     usable_frames,
 )
 
@@ -91,6 +100,9 @@ class TimedVideo:
 
     def read(self, positions: Sequence[int]) -> UInt8[np.ndarray, "f h w 3"]:
         return decode_frames(self.path, positions)
+
+    def read_view(self, positions: Sequence[int], view: ViewConfig) -> UInt8[np.ndarray, "f h w 3"]:
+        return decode_frames(self.path, positions, view)
 
 
 class DroidSource:

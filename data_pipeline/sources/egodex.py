@@ -29,17 +29,24 @@ from configs.loader import UserError
 
 from ..embodiments import Embodiment, RotationSlots
 from ..video_io import VideoError, probe_video
-from .base import Episode, SourceConfig, SourceError, VideoSegment, content_sha256, key_safe
+from .base import (
+    Episode,
+    SourceConfig,
+    SourceError,
+    VideoSegment,
+    check_dims,
+    content_sha256,
+    find_files,
+    key_safe,
+    stable_id,
+)
 from .hdf5 import (
     any_file,
-    check_dims,
     find_dataset,
-    find_files,
     open_hdf5,
     read_rows,
     read_text,
     relative_parts,
-    stable_id,
     usable_frames,
 )
 from .video_folder import video_repairs

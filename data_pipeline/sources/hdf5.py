@@ -24,9 +24,8 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image, UnidentifiedImageError
 
-from ..embodiments import Embodiment
 from ..video_index import VideoError
-from .base import SourceError, StoredImages, key_safe
+from .base import SourceError, StoredImages, find_files
 
 HDF5_SUFFIXES = (".hdf5", ".h5")
 
@@ -48,22 +47,9 @@ _MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def find_files(root: Path, suffixes: Sequence[str] = HDF5_SUFFIXES) -> Iterator[Path]:
-    """Files at or below `root` that end so, folder by folder in order; hidden ones are left out."""
-    if root.is_file():
-        if root.name.lower().endswith(tuple(suffixes)):
-            yield root
-        return
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if name.lower().endswith(tuple(suffixes)) and not name.startswith("."):
-                yield Path(folder, name)
-
-
 def any_file(root: Path, is_it: Callable[[h5py.File], object], limit: int = 16) -> bool:
     """Whether one of the first HDF5 files at or below `root` is what `is_it` looks for. For detecting a format."""
-    for path in islice(find_files(root), limit):
+    for path in islice(find_files(root, HDF5_SUFFIXES), limit):
         try:
             with open_hdf5(path) as file:
                 if is_it(file):
@@ -71,12 +57,6 @@ def any_file(root: Path, is_it: Callable[[h5py.File], object], limit: int = 16) 
         except SourceError:
             continue
     return False
-
-
-def stable_id(*parts: str) -> str:
-    """An episode id that follows from `parts` (a relative path, a name inside the file) and from nothing else."""
-    readable = key_safe("/".join(parts))[-60:].strip("_")
-    return f"{readable}_{hashlib.sha256('/'.join(parts).encode()).hexdigest()[:8]}"
 
 
 def relative_parts(path: Path, root: Path) -> tuple[str, ...]:
@@ -264,19 +244,6 @@ def usable_frames(lengths: Mapping[str, int], where: str, notes: list[str]) -> i
     if least != most:
         notes.append(f"The numbers of rows and frames differ ({told}): the first {least} are used.")
     return least
-
-
-def check_dims(
-    embodiment: Embodiment, actions: Float32[np.ndarray, "n a"], proprio: Float32[np.ndarray, "n s"] | None, where: str
-) -> None:
-    found = (actions.shape[1], 0 if proprio is None else proprio.shape[1])
-    wanted = (embodiment.action_dim, embodiment.proprio_dim)
-    if found != wanted:
-        detail = (
-            f"it has {found[0]} action and {found[1]} proprio values a row, the embodiment {embodiment.name} has "
-            f"{wanted[0]} and {wanted[1]}"
-        )
-        raise SourceError("wrong_dims", where, detail)
 
 
 # --- images ----------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from configs.loader import UserError
 
 from ..embodiments import Embodiment, embodiment_from_features
 from ..video_io import VideoError, VideoInfo, frame_times, probe_video
-from .base import Episode, SourceConfig, SourceError, VideoSegment, content_sha256, key_safe
+from .base import Episode, SourceConfig, SourceError, VideoSegment, check_dims, content_sha256, key_safe
 from .lerobot_metadata import (
     UNREADABLE,
     EpisodeRecord,
@@ -87,7 +87,7 @@ class LeRobotSource:
         _check_clock(rows, metadata.fps, notes)
         actions = _matrix(rows, columns.action, record.table)
         proprio = _matrix(rows, columns.proprio, record.table)
-        self._check_dims(actions, proprio, record.table)
+        check_dims(self.embodiment(), actions, proprio, str(record.table))
         instruction = self._config.instruction or _longest_task(record, rows, metadata.tasks, notes)
         segments = self._segments(record, len(rows), notes)
         num_frames = min(len(rows), *(segment.num_frames or 0 for segment in segments.values()))
@@ -133,20 +133,6 @@ class LeRobotSource:
         """Names from info.json, size from the table: the table is what will be read."""
         declared = self._metadata.features.get(column, {})
         return {**declared, "shape": [self._columns.dims[column]]}
-
-    def _check_dims(self, actions: np.ndarray | None, proprio: np.ndarray | None, table: Path) -> None:
-        embodiment = self.embodiment()
-        if embodiment is None or actions is None:
-            return
-        found = (actions.shape[1], 0 if proprio is None else proprio.shape[1])
-        wanted = (embodiment.action_dim, embodiment.proprio_dim)
-        if found != wanted:
-            raise SourceError(
-                "wrong_dims",
-                str(table),
-                f"it has {found[0]} action and {found[1]} proprio values a row, the embodiment {embodiment.name} has "
-                f"{wanted[0]} and {wanted[1]}",
-            )
 
     # --- videos of one episode ---
 

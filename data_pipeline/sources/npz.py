@@ -16,7 +16,7 @@ from configs.loader import UserError
 
 from ..embodiments import Embodiment
 from ..video_index import VideoError
-from .base import Episode, SourceError, StoredImages, content_sha256, key_safe
+from .base import Episode, SourceError, StoredImages, check_dims, content_sha256, find_files, key_safe, stable_id
 from .npz_file import NpzIndex, StoredArray, index_npz, read_rows
 from .step_arrays import (
     ACTION_KEYS,
@@ -25,16 +25,15 @@ from .step_arrays import (
     Choice,
     PictureLayout,
     StepArraysConfig,
-    check_dims,
     choose_arrays,
     describe_pictures,
-    file_episode_id,
     picture_layout,
     read_control,
     view_names,
     with_range,
 )
 
+SUFFIXES = (".npz",)
 INSTRUCTION_KEYS = ("language_instruction", "instruction", "task", "text", "caption")
 MAX_TABLE_BYTES = 2**30
 """Of actions or proprio: a header can promise more rows than any memory holds."""
@@ -153,10 +152,10 @@ class NpzSource:
     @cached_property
     def _files(self) -> dict[str, Path]:
         base = self._root if self._root.is_dir() else self._root.parent
-        paths = find_npz_files(self._root)
+        paths = list(find_files(self._root, SUFFIXES))
         if not paths:
             raise UserError(f"{self._root}: holds no .npz files; check the path of the recordings.")
-        return {file_episode_id(path.relative_to(base)): path for path in paths}
+        return {stable_id(path.relative_to(base).as_posix()): path for path in paths}
 
     @cached_property
     def _set(self) -> _SetLayout:
@@ -186,17 +185,9 @@ class _SetLayout:
     choice: Choice
 
 
-def find_npz_files(root: Path) -> list[Path]:
-    """At or below `root`, sorted; hidden ones are left out."""
-    if root.is_file():
-        return [root] if root.suffix.lower() == ".npz" else []
-    found = [path for path in root.rglob("*.npz") if not any(p.startswith(".") for p in path.relative_to(root).parts)]
-    return sorted(found)
-
-
 def find_npz(path: Path) -> bool:
     """Whether there are .npz files with pictures: others hold calibrations and features beside videos."""
-    for file in find_npz_files(path)[:4]:
+    for file in islice(find_files(path, SUFFIXES), 4):
         try:
             index = index_npz(file)
             place = _Place(file, index, 0 if _is_batch(index, str(file)) else None)

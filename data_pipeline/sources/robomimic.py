@@ -33,14 +33,23 @@ from pydantic import Field, PositiveFloat
 from configs.loader import UserError
 
 from ..embodiments import Embodiment, RotationSlots
-from .base import Episode, Footage, SourceConfig, SourceError, content_sha256, key_safe
+from .base import (
+    Episode,
+    Footage,
+    SourceConfig,
+    SourceError,
+    check_dims,
+    content_sha256,
+    find_files,
+    key_safe,
+    stable_id,
+)
 from .hdf5 import (
+    HDF5_SUFFIXES,
     Hdf5Images,
     any_file,
-    check_dims,
     find_all,
     find_dataset,
-    find_files,
     find_group,
     image_footage,
     open_hdf5,
@@ -48,7 +57,6 @@ from .hdf5 import (
     read_rows,
     relative_parts,
     rows_sha256,
-    stable_id,
     usable_frames,
 )
 
@@ -189,7 +197,7 @@ class RobomimicSource:
         if not root.exists():
             raise UserError(f"{root}: there is no such file or folder; check the path of the demonstrations.")
         places = {}
-        for path in find_files(root):
+        for path in find_files(root, HDF5_SUFFIXES):
             parts = relative_parts(path, root)
             try:
                 demos = self._demo_names(path)

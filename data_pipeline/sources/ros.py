@@ -30,7 +30,7 @@ from configs.loader import UserError
 
 from ..embodiments import Embodiment
 from ..video_io import VideoError
-from .base import Episode, SourceConfig, SourceError, StoredImages, content_sha256, key_safe
+from .base import Episode, SourceConfig, SourceError, StoredImages, content_sha256, key_safe, stable_id
 from .ros_bag import (
     BAG_SUFFIXES,
     COMPRESSED_IMAGE,
@@ -44,7 +44,6 @@ from .ros_bag import (
     header_time_ns,
     open_bag,
 )
-from .video_folder import path_id
 
 _PAUSE_FRAMES = 4  # images missing in a row that are worth a sentence
 
@@ -233,7 +232,7 @@ class RosSource:
         bags = find_bags(root)
         if not bags:
             raise UserError(f"{root}: holds no ROS recordings; files ending in {', '.join(BAG_SUFFIXES)} are read.")
-        return {path_id(path.relative_to(root).as_posix() if path != root else path.name): path for path in bags}
+        return {stable_id(path.relative_to(root).as_posix() if path != root else path.name): path for path in bags}
 
 
 @dataclass(frozen=True)

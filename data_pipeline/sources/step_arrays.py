@@ -6,7 +6,6 @@ Pictures are found by their shape, actions and proprio by the usual names; setti
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -283,22 +282,3 @@ def _is_before_frames(config: StepArraysConfig, arrays: Mapping[str, ArrayInfo],
     if config.actions_before_frames is not None:
         return config.actions_before_frames
     return {"reward", "discount"} <= arrays.keys() and not actions[0].any()
-
-
-def check_dims(embodiment: Embodiment | None, actions: np.ndarray, proprio: np.ndarray | None, where: str) -> None:
-    if embodiment is None:
-        return
-    found = (actions.shape[1], 0 if proprio is None else proprio.shape[1])
-    wanted = (embodiment.action_dim, embodiment.proprio_dim)
-    if found != wanted:
-        detail = (
-            f"it has {found[0]} action and {found[1]} proprio values a row, the embodiment {embodiment.name} has "
-            f"{wanted[0]} and {wanted[1]}"
-        )
-        raise SourceError("wrong_dims", where, detail)
-
-
-def file_episode_id(relative: Path) -> str:
-    """Follows from the path below the set's folder alone: adding files changes no other id."""
-    readable = key_safe(str(relative.with_suffix("")))[-60:].strip("_")
-    return f"{readable}_{hashlib.sha256(relative.as_posix().encode()).hexdigest()[:8]}"

@@ -6,7 +6,6 @@ A caption for `a/b.mp4` is the text of `a/b.txt`, or a string under one of `CAPT
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections import Counter
@@ -20,7 +19,7 @@ from configs.loader import UserError
 
 from ..embodiments import Embodiment
 from ..video_io import VIDEO_SUFFIXES, VideoError, VideoInfo, frame_indices_at, frame_times, probe_video
-from .base import Episode, SourceConfig, SourceError, VideoSegment, content_sha256, key_safe
+from .base import Episode, SourceConfig, SourceError, VideoSegment, content_sha256, find_files, key_safe, stable_id
 from .video_annotations import CAPTION_KEYS, Annotation, read_annotations
 
 UNREAD_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".npy", ".npz", ".h5", ".hdf5")
@@ -105,7 +104,7 @@ class VideoFolderSource:
         paths = find_videos(self._root)
         if not paths:
             raise UserError(f"{self._root}: holds no video; files ending in {', '.join(VIDEO_SUFFIXES)} are read.")
-        return {path_id(path.relative_to(self._base).as_posix()): path for path in paths}
+        return {stable_id(path.relative_to(self._base).as_posix()): path for path in paths}
 
     @cached_property
     def _parts(self) -> dict[str, tuple[Path, Annotation | None]]:
@@ -155,16 +154,8 @@ def _segment(path: Path, info: VideoInfo, annotation: Annotation | None) -> tupl
 
 
 def find_videos(root: Path) -> list[Path]:
-    """Video files at or below `root`, sorted; hidden ones are left out (macOS leaves `._x.mp4` stubs beside files)."""
-    if root.is_file():
-        return [root] if root.suffix.lower() in VIDEO_SUFFIXES else []
-    found = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            Path(folder, name) for name in names if name.lower().endswith(VIDEO_SUFFIXES) and not name.startswith(".")
-        ]
-    return sorted(found)
+    """Video files at or below `root`, sorted."""
+    return sorted(find_files(root, VIDEO_SUFFIXES))
 
 
 def video_repairs(name: str, info: VideoInfo) -> tuple[str, ...]:
@@ -177,12 +168,6 @@ def video_repairs(name: str, info: VideoInfo) -> tuple[str, ...]:
     if info.pixel_aspect != 1:
         found.append(f"{name} has pixels of aspect {info.pixel_aspect:.3f}: frames are scaled to square pixels.")
     return tuple(found)
-
-
-def path_id(relative: str) -> str:
-    """An episode id that depends on nothing but a relative path (and what follows it)."""
-    readable = key_safe(os.path.splitext(relative)[0])[-60:].strip("_")
-    return f"{readable}_{hashlib.sha256(relative.encode()).hexdigest()[:8]}"
 
 
 def _read_caption(video: Path) -> tuple[str | None, tuple[str, ...]]:

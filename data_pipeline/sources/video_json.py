@@ -38,10 +38,10 @@ from configs.loader import UserError
 
 from ..embodiments import Embodiment
 from ..video_io import VIDEO_SUFFIXES, VideoError, VideoInfo, probe_video
-from .base import Episode, SourceConfig, SourceError, VideoSegment, content_sha256, key_safe
+from .base import Episode, SourceConfig, SourceError, VideoSegment, content_sha256, key_safe, stable_id
 from .json_records import JSON_SUFFIXES, Entry, Record, below, entries_of
 from .video_annotations import CAPTION_KEYS
-from .video_folder import path_id, video_repairs
+from .video_folder import video_repairs
 
 ACTION_KEYS = ("actions", "action")
 PROPRIO_KEYS = ("states", "state", "proprio", "observation.state", "observations.state")
@@ -224,7 +224,7 @@ class VideoJsonSource:
             relative = file.relative_to(self._root).as_posix()
             for entry in entries_of(file):
                 place = "" if entry.place is None else f"#{entry.place}"
-                entries[path_id(relative + place)] = entry
+                entries[stable_id(relative + place)] = entry
         if not entries:
             pattern = self._config.records
             problem = f"matches records={pattern}" if pattern else "names a video that is there; set `records`"

@@ -19,13 +19,12 @@ from configs.loader import UserError
 
 from ..embodiments import Embodiment
 from ..video_index import VideoError
-from .base import Episode, SourceError, StoredImages, content_sha256, key_safe
+from .base import Episode, SourceError, StoredImages, check_dims, content_sha256, key_safe
 from .step_arrays import (
     ArrayInfo,
     Choice,
     PictureLayout,
     StepArraysConfig,
-    check_dims,
     choose_arrays,
     describe_pictures,
     picture_layout,

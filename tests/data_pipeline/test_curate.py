@@ -171,7 +171,7 @@ def replace(**changes):
             "crop_outside_picture",
             "crop [0, 0, 48, 65] (top, left, height, width) of a 48x64 picture",
         ),
-        ({}, replace(actions=np.zeros((24, 7), np.float32)), "wrong_dimensions", "7 action and 2 proprio dimensions"),
+        ({}, replace(actions=np.zeros((24, 7), np.float32)), "wrong_dims", "7 action and 2 proprio values a row"),
     ],
 )
 def test_a_rejected_episode_is_one_row(tmp_path, robot, settings, change, reason, detail):

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_pipeline.sources import SourceError
+from data_pipeline.sources.base import find_files, stable_id
 from data_pipeline.sources.hdf5 import (
+    HDF5_SUFFIXES,
     Hdf5Images,
     find_all,
-    find_files,
     find_object,
     image_footage,
     open_hdf5,
@@ -26,7 +27,6 @@ from data_pipeline.sources.hdf5 import (
     read_text,
     relative_parts,
     rows_sha256,
-    stable_id,
     usable_frames,
 )
 from data_pipeline.video_index import VideoError
@@ -385,7 +385,9 @@ def test_files_are_found_in_order_without_hidden_ones(tmp_path: Path) -> None:
     for name in ("b.hdf5", "a/c.h5", "a/b.HDF5", ".hidden/d.hdf5", "a/.e.hdf5", "a/f.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    found = [relative_parts(path, tmp_path) for path in find_files(tmp_path)]
+    found = [relative_parts(path, tmp_path) for path in find_files(tmp_path, HDF5_SUFFIXES)]
     assert found == [("b",), ("a", "b"), ("a", "c")]
-    assert [relative_parts(path, tmp_path / "b.hdf5") for path in find_files(tmp_path / "b.hdf5")] == [("b",)]
-    assert list(find_files(tmp_path / "a" / "f.txt")) == []
+    assert [relative_parts(path, tmp_path / "b.hdf5") for path in find_files(tmp_path / "b.hdf5", HDF5_SUFFIXES)] == [
+        ("b",)
+    ]
+    assert list(find_files(tmp_path / "a" / "f.txt", HDF5_SUFFIXES)) == []
