@@ -1,7 +1,6 @@
 import json
 import pickle
 import shutil
-import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -389,9 +388,7 @@ def test_unusable_folders_are_refused(tmp_path: Path) -> None:
 
 def test_bridge_as_octo_ships_it(shared_data: Path) -> None:
     source = open_source(RldsConfig(path=shared_data / "octo_bridge_rlds"))
-    start = time.perf_counter()
     ids = source.list_episodes()
-    assert time.perf_counter() - start < 1
     assert len(ids) == 50 and len([one for one in ids if one.startswith("val")]) == 25
     embodiment = source.embodiment()
     assert embodiment is not None

