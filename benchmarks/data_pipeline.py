@@ -37,10 +37,10 @@ from data_pipeline.curate.episode import CuratePlan, curate_episode
 from data_pipeline.resolve import open_sources, resolve
 from data_pipeline.shards import TarWriter
 from data_pipeline.sources import FORMATS, Source, VideoSegment, detect_kind
-from data_pipeline.video_io import ViewConfig, decode_frames, encode_video, probe_video, view_window
+from data_pipeline.video_io import GOP, ViewConfig, decode_frames, decode_view, encode_planes, probe_video, view_window
 
 CLIP_FRAMES = 17
-GOP, CRF, PRESET = 8, 18, "veryfast"  # as `encode_video` has them
+CRF, PRESET = 18, "veryfast"  # as `encode_planes` has them
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 DEFAULT_SETS = ("g1_real_lerobot_v21_trim", "gr00t_pnp_lerobot_v2")  # AV1 640x480 and H.264 256x256
 HOUR_S = 3600
@@ -163,8 +163,8 @@ def our_pixels(one: Set) -> None:
     for segment, num_frames in one.segments():
         first = segment.start_frame or 0
         for start in range(first, first + num_frames, CLIP_FRAMES):
-            frames = decode_frames(segment.path, range(start, start + CLIP_FRAMES), one.view)
-            encode_video(frames, None, one.plan.fps, crf=CRF, gop=GOP, preset=PRESET)
+            planes = decode_view(segment.path, range(start, start + CLIP_FRAMES), one.view)
+            encode_planes(planes, None, one.plan.fps, crf=CRF, preset=PRESET)
 
 
 def ffmpeg_floor(one: Set) -> None:

@@ -45,7 +45,7 @@ class BuildConfig(StrictConfig):
         description="Actions from one frame to the next; null: what comes nearest to the robot's control rate.",
     )
     validation_share: float = Field(0.1, ge=0, le=0.9, description="Share of episodes held out, chosen by hash.")
-    crf: int = Field(18, ge=0, le=51, description="H.264 quality of the stored clips; lower is better and larger.")
+    crf: int = Field(18, ge=0, le=51, description="H.264 quality of encoded clips; lower is better and larger.")
     shots: ShotConfig = ShotConfig()
     idle: IdleConfig = IdleConfig()
     filters: FilterConfig = FilterConfig()

@@ -7,12 +7,10 @@ fraction of encoding.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import islice
-from pathlib import Path
 
 import av
 import numpy as np
@@ -91,9 +89,8 @@ def _unit_types(data: bytes, length_size: int) -> set[int]:
 
 def _mux(packets: Sequence[av.Packet], source: VideoStream, rate: Fraction) -> bytes:
     options = {"fflags": "+bitexact", "movflags": "+faststart"}
-    with tempfile.TemporaryDirectory(prefix="copy_clip_") as folder:
-        path = Path(folder) / "clip.mp4"
-        with av.open(os.fspath(path), "w", format="mp4", options=options) as container:
+    with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
+        with av.open(file.name, "w", format="mp4", options=options) as container:
             stream = container.add_stream_from_template(source)
             stream.metadata.clear()
             stream.time_base = 1 / rate
@@ -103,4 +100,4 @@ def _mux(packets: Sequence[av.Packet], source: VideoStream, rate: Fraction) -> b
                 packet.pts = packet.dts = position
                 packet.duration = 1
                 container.mux(packet)
-        return path.read_bytes()
+        return file.read()

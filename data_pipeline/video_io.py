@@ -24,7 +24,7 @@ from pathlib import Path
 import av
 import numpy as np
 from av.video.frame import VideoFrame
-from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+from av.video.reformatter import ColorRange
 from PIL import Image
 from pydantic import Field, PositiveInt, field_validator
 
@@ -43,7 +43,7 @@ from .video_index import (
     reading,
     video_stream,
 )
-from .video_pixels import EXACT, Picture, RgbConverter, Window
+from .video_pixels import Picture, PlanesConverter, PlanesFrame, RgbConverter, Window, rgb_to_planes
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".ts", ".m4v")
 
@@ -97,16 +97,35 @@ def frame_times(path: PathLike) -> np.ndarray:
     return index_video(path).times_s()
 
 
-def decode_frames(
-    path: PathLike, frame_indices: Sequence[int] | np.ndarray, view: ViewConfig | None = None
-) -> np.ndarray:
+def decode_frames(path: PathLike, frame_indices: Sequence[int] | np.ndarray) -> np.ndarray:
     """The frames at these positions in presentation order (any order, repeats allowed): uint8 RGB [f h w 3].
 
     Decodes from the nearest keyframe before each run of wanted frames to its last one; a call that asks for what comes
-    next goes on where the last one stopped. With a view, what `prepare_view` makes of the frames, for a fraction of its
-    time: both scale the same window, but round differently (by a level, by more at hard edges between colours).
+    next goes on where the last one stopped.
     """
     index = index_video(path)
+    return _decode(path, index, frame_indices, RgbConverter(index.picture))
+
+
+def decode_view(path: PathLike, frame_indices: Sequence[int] | np.ndarray, view: ViewConfig) -> np.ndarray:
+    """The view of these frames, as planes (`video_pixels`): uint8 [f 3h/2 w].
+
+    What `prepare_view` makes of the frames, for a fraction of its time: both scale the same window, but round
+    differently (by a level, by more at hard edges between colours).
+    """
+    index = index_video(path)
+    window = view_window(index.picture.height, index.picture.width, view)
+    return _decode(
+        path, index, frame_indices, PlanesConverter(index.picture, window, (view.height, view.width), view.rotate_180)
+    )
+
+
+def _decode(
+    path: PathLike,
+    index: VideoIndex,
+    frame_indices: Sequence[int] | np.ndarray,
+    converter: RgbConverter | PlanesConverter,
+) -> np.ndarray:
     positions = np.asarray(frame_indices, dtype=np.int64)
     if positions.size == 0:
         raise VideoError("out_of_range", path, "no frames were asked for")
@@ -117,8 +136,7 @@ def decode_frames(
             f"frame {positions.min()} to {positions.max()} of a video with {len(index.pts)} frames",
         )
     wanted, row_of_position = np.unique(positions, return_inverse=True)
-    converter = _converter(index.picture, view)
-    frames = np.empty((len(wanted), converter.height, converter.width, 3), dtype=np.uint8)
+    frames = np.empty((len(wanted), *converter.shape), dtype=np.uint8)
     with _reader(path, index) as reader:
         for row, position in enumerate(wanted.tolist()):
             converter.convert(reader.frame(position), frames[row])
@@ -141,7 +159,7 @@ def decode_clip(data: bytes) -> np.ndarray:
             for frame in container.decode(stream):
                 if row == 0:
                     converter = RgbConverter(Picture.of(frame, stream))
-                    frames = np.empty((stream.frames, converter.height, converter.width, 3), dtype=np.uint8)
+                    frames = np.empty((stream.frames, *converter.shape), dtype=np.uint8)
                 converter.convert(frame, frames[row])
                 row += 1
             if row < stream.frames or row == 0:
@@ -259,65 +277,56 @@ def _frame_rate(index: VideoIndex) -> tuple[float, bool]:
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
+GOP = 8
+"""Frames of a group of pictures in the clips of a dataset."""
+
+
 def encode_video(
-    frames: np.ndarray,
-    path: PathLike | None,
-    fps: float,
-    *,
-    crf: int = 18,
-    gop: int = 8,
-    pix_fmt: str = "yuv420p",
-    preset: str = "veryfast",
+    frames: np.ndarray, path: PathLike | None, fps: float, *, crf: int = 18, gop: int = GOP, preset: str = "veryfast"
 ) -> bytes:
-    """Encode uint8 RGB [f h w 3] as H.264 in MP4 and return the bytes (also written to `path` unless it is None).
+    """Encode uint8 RGB [f h w 3] (h and w even) as H.264 in MP4 and return the bytes (also written to `path` unless
+    it is None). As `encode_planes`."""
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
+        raise ValueError(f"encode_video takes uint8 [f h w 3] with f > 0, got {frames.dtype} {list(frames.shape)}")
+    return encode_planes(rgb_to_planes(frames), path, fps, crf=crf, gop=gop, preset=preset)
+
+
+def encode_planes(
+    planes: np.ndarray, path: PathLike | None, fps: float, *, crf: int = 18, gop: int = GOP, preset: str = "veryfast"
+) -> bytes:
+    """Encode uint8 planes [f 3h/2 w] (`video_pixels`) as H.264 in MP4.
 
     Closed GOPs of `gop` frames, no B-frames, constant rate, index in front (faststart). The same frames and settings
     give the same bytes with the same build of x264: one thread, no dates.
     """
-    num_frames, height, width, channels = frames.shape
-    if frames.dtype != np.uint8 or channels != 3 or num_frames == 0:
-        raise ValueError(f"encode_video takes uint8 [f h w 3] with f > 0, got {frames.dtype} {list(frames.shape)}")
-    if pix_fmt == "yuv420p" and (height % 2 or width % 2):
-        raise ValueError(f"yuv420p needs an even height and width, got {height}x{width}: crop or resize the view")
     if path is None:
         # faststart rewrites the file in a second pass and therefore needs a real one
-        with tempfile.TemporaryDirectory(prefix="encode_video_") as folder:
-            return encode_video(
-                frames, Path(folder) / "clip.mp4", fps, crf=crf, gop=gop, pix_fmt=pix_fmt, preset=preset
-            )
+        with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
+            return encode_planes(planes, file.name, fps, crf=crf, gop=gop, preset=preset)
     rate = Fraction(fps).limit_denominator(1001)
-    reformatter = VideoReformatter()
     options = {"fflags": "+bitexact", "movflags": "+faststart"}
     with av.open(os.fspath(path), "w", format="mp4", options=options) as container:
         stream = container.add_stream("libx264", rate=rate)
-        stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
+        height, width = planes.shape[1] * 2 // 3, planes.shape[2]
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         context = stream.codec_context
         context.thread_count = 1
         context.gop_size = gop
         context.max_b_frames = 0
-        # RGB is converted with the BT.601 matrix below; saying so keeps players from guessing BT.709 by size
+        # the planes are BT.601; saying so keeps players from guessing BT.709 by size
         context.colorspace, context.color_primaries, context.color_trc, context.color_range = 6, 6, 6, ColorRange.MPEG
         stream.options = {
             "crf": str(crf),
             "preset": preset,
             # mbtree: x264's vector code for it is not reproducible, one small clip in a hundred came out different
-            # chromaloc: colours are averaged over 2x2 pixels, so they lie in their centre, not at the left as H.264
-            # assumes; unsaid, they would move by half a pixel
+            # chromaloc: colours lie in the centre of their 2x2 pixels, not at the left as H.264 assumes; unsaid, they
+            # would move by half a pixel
             "x264-params": f"keyint={gop}:min-keyint={gop}:scenecut=0:open-gop=0:mbtree=0:threads=1"
             ":lookahead-threads=1:chromaloc=1",
         }
-        picture = VideoFrame(width, height, "rgb24")  # one for all: swscale needs its padding, and a new one costs time
-        pixels = np.frombuffer(memoryview(picture.planes[0]), np.uint8).reshape(height, -1)[:, : 3 * width]
-        for position, rgb in enumerate(frames):
-            pixels[:] = rgb.reshape(height, 3 * width)
-            frame = reformatter.reformat(
-                picture,
-                format=pix_fmt,
-                dst_colorspace=Colorspace.SMPTE170M,
-                dst_color_range=ColorRange.MPEG,
-                interpolation=Interpolation.BICUBIC | EXACT,
-                threads=1,
-            )
+        picture = PlanesFrame(height, width)  # x264 copies what it is given
+        for position, one in enumerate(planes):
+            frame = picture.filled(one)
             frame.pts = position
             frame.time_base = 1 / rate
             container.mux(stream.encode(frame))
@@ -344,6 +353,11 @@ class ViewConfig(StrictConfig):
         if crop is not None and (min(crop[:2]) < 0 or min(crop[2:]) < 1):
             raise ValueError("crop is (top, left, height, width) with top, left >= 0 and height, width >= 1")
         return crop
+
+    def is_whole(self, height: int, width: int) -> bool:
+        """Whether it shows a picture of this size as it is."""
+        size = (height, width)
+        return (self.height, self.width) == size and self.crop in (None, (0, 0, *size)) and not self.rotate_180
 
 
 def prepare_view(frames: np.ndarray, view: ViewConfig) -> np.ndarray:
@@ -378,10 +392,3 @@ def view_window(height: int, width: int, view: ViewConfig) -> Window:
     top += (crop_height - window_height) // 4 * 2
     left += (crop_width - window_width) // 4 * 2
     return Window(top, left, window_height, window_width)
-
-
-def _converter(picture: Picture, view: ViewConfig | None) -> RgbConverter:
-    if view is None:
-        return RgbConverter(picture)
-    window = view_window(picture.height, picture.width, view)
-    return RgbConverter(picture, window, (view.height, view.width), view.rotate_180)

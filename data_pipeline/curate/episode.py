@@ -21,10 +21,11 @@ from ..dataset import code_version
 from ..embodiments import Embodiment
 from ..sample import SCHEMA_VERSION, VIEW_NAME, Sample, SampleMeta, SourceMeta, ViewMeta
 from ..shards import TarWriter, tar_records
-from ..sources import AnySourceConfig, Episode, Footage, Source, SourceError, open_source
+from ..sources import AnySourceConfig, Episode, Footage, Source, SourceError, VideoSegment, open_source
 from ..sources.base import check_dims
 from ..staging import EpisodeRecord, Rejection, StagedClip, Staging, digest, forget_record, write_record
-from ..video_io import VideoError, ViewConfig, encode_video
+from ..video_copy import copy_clip
+from ..video_io import GOP, VideoError, ViewConfig, encode_planes
 from .clips import clip_key, view_role
 from .cutting import ClipShape, cut_episode
 from .filters import FilterConfig, broken_rule, filter_scores
@@ -129,6 +130,7 @@ def curate_episode(
             plan, notes = plan.model_copy(update={"views": views}), (*notes, *cropped)
         blocks = _plan_blocks(plan, footages, episode, cutting.starts)
         resolution = {view: _resolution(footage, plan.views[view]) for view, footage in footages.items()}
+        copied_from = _shown_whole(plan, footages)
     except Exception as error:
         return rejected_episode(source_name, episode_id, _rejection(error, _where(source_plan, episode_id)))
 
@@ -141,7 +143,8 @@ def curate_episode(
                 raise pixels
             scores = filter_scores(pixels, resolution, plan.filters.aesthetic)
             _check_filters(plan.filters, scores, episode.uri)
-            sample = _make_sample(plan, episode, embodiment, clip, pixels, scores)
+            video = {view: _clip_video(plan, copied_from.get(view), clip.frames[view], pixels[view]) for view in pixels}
+            sample = _make_sample(plan, episode, embodiment, clip, video, scores)
             records = tar_records(sample.to_members())
         except Exception as error:
             where = f"{episode.uri}: clip {clip.index} at {clip.clock.start_s:.2f} s"
@@ -278,7 +281,7 @@ class _Clip:
 
 
 _Pixels = dict[str, np.ndarray]
-"""view -> uint8 [f height width 3]"""
+"""view -> planes (`video_pixels`), uint8 [f 3h/2 w]"""
 
 
 def _plan_blocks(
@@ -331,13 +334,36 @@ def _decode_block(plan: CuratePlan, footages: dict[str, Footage], block: list[_C
             wanted = np.unique(np.concatenate([clip.frames[view] for clip in block]))
             pixels = footage.read_view(wanted.tolist(), plan.views[view])
             for video, clip in zip(videos, block, strict=True):
-                video[view] = pixels[np.searchsorted(wanted, clip.frames[view])]
+                video[view] = pixels[_as_slice(np.searchsorted(wanted, clip.frames[view]))]
         return list(videos)
     except Exception as error:
         if len(block) == 1:
             return [error]
         half = len(block) // 2
         return [*_decode_block(plan, footages, block[:half]), *_decode_block(plan, footages, block[half:])]
+
+
+def _as_slice(rows: np.ndarray) -> np.ndarray | slice:
+    """Rows that follow each other need not be copied."""
+    return slice(int(rows[0]), int(rows[-1]) + 1) if np.all(np.diff(rows) == 1) else rows
+
+
+def _clip_video(plan: CuratePlan, path: str | None, frames: np.ndarray, planes: np.ndarray) -> bytes:
+    """Copied from the file that shows it as it is wanted, where there is one and its frames can be, else encoded."""
+    if path is not None and np.all(np.diff(frames) == 1):
+        copied = copy_clip(path, int(frames[0]), len(frames), plan.fps, GOP)
+        if copied is not None:
+            return copied
+    return encode_planes(planes, None, plan.fps, crf=plan.crf)
+
+
+def _shown_whole(plan: CuratePlan, footages: dict[str, Footage]) -> dict[str, str]:
+    """The video files of the views that are the recorded picture as it is: neither cut, nor scaled, nor turned."""
+    return {
+        name: footage.path
+        for name, footage in footages.items()
+        if isinstance(footage, VideoSegment) and plan.views[name].is_whole(footage.info().height, footage.info().width)
+    }
 
 
 # --- the sample ---------------------------------------------------------------------------------------------------
@@ -348,7 +374,7 @@ def _make_sample(
     episode: Episode,
     embodiment: Embodiment | None,
     clip: _Clip,
-    pixels: _Pixels,
+    video: dict[str, bytes],
     scores: dict[str, float],
 ) -> Sample:
     control = _align(episode, embodiment, clip)
@@ -384,7 +410,7 @@ def _make_sample(
             plan.views,
         ),
         meta=meta,
-        video={view: encode_video(frames, None, plan.fps, crf=plan.crf) for view, frames in pixels.items()},
+        video=video,
         actions=control.actions if control else None,
         proprio=control.proprio if control else None,
     )

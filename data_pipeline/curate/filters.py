@@ -10,15 +10,16 @@ from statistics import mean
 from typing import Self
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Bool, Float64, UInt8
 from PIL import Image
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
 from configs.loader import StrictConfig
 
-from ..video_quality import moving_pixels
+from ..video_pixels import planes_to_rgb, split_planes
+from ..video_quality import MOVING_THRESHOLD
 from .aesthetic import AestheticConfig, open_scorer
-from .letterbox import BLACK, brightness, letterbox_share
+from .letterbox import BLACK, full_range, letterbox_share
 
 WHITE = 235
 """Brightness, of 255, from which on a pixel is white."""
@@ -27,20 +28,27 @@ BLACK_FRAME = 0.99
 """A frame is black where more than this share of its pixels is."""
 
 FLAT_SPREAD = 2.0
-"""A frame is flat (one colour: a decoder's grey, a missing camera) where no channel's deviation is larger."""
-
-FLAT_STRIDE = 4
+"""A frame is flat (one colour: a decoder's grey, a missing camera) where neither its brightness nor a colour difference
+deviates by more."""
 
 FROZEN_LEVELS = 6
 """A frame repeats the one before where no pixel's brightness differs by more than this: the codec's own noise."""
 
-GREY_LEVELS, COLOURED_PIXELS = 6, 0.01
-"""The channels of a grey pixel differ by no more than this; a grey picture has no larger share of others."""
+GREY_LEVELS, COLOURED_PIXELS = 3, 0.01
+"""The colour differences of a grey pixel are no larger than this; a grey picture has no larger share of others."""
+
+NO_COLOUR = 128
+"""Colour difference of a grey pixel."""
+
+GRID_SIDE = 64
+"""What is counted pixel by pixel is counted on an even grid of at least so many in height and width, if there are."""
+
+FLAT_STRIDE = 4
 
 SHARPNESS_SIDE = 128
 """Shorter side at which sharpness is measured: a picture is smoother per pixel the larger it is."""
 
-FEW_FRAMES = 5
+FEW_FRAMES = 3
 """Frames of a clip that sharpness and depth are measured on."""
 
 
@@ -150,73 +158,90 @@ def broken_rule(scores: Mapping[str, float], config: FilterConfig) -> tuple[str,
 
 
 def filter_scores(
-    pixels: Mapping[str, UInt8[np.ndarray, "f h w 3"]],
+    pixels: Mapping[str, UInt8[np.ndarray, "f p w"]],
     resolution: Mapping[str, int],
     aesthetic: AestheticConfig | None = None,
 ) -> dict[str, float]:
-    """A clip's measurements over all its views; `resolution`: the shorter side that each was recorded at."""
-    views = [view_scores(video) | {"resolution": float(resolution[view])} for view, video in pixels.items()]
+    """A clip's measurements over all its views, which come as planes; `resolution`: the shorter side that each was
+    recorded at."""
+    views = [view_scores(planes) | {"resolution": float(resolution[view])} for view, planes in pixels.items()]
     if aesthetic is not None:
         scorer = open_scorer(aesthetic)
         views = [
-            scores | {"aesthetic": scorer.score(video)} for scores, video in zip(views, pixels.values(), strict=True)
+            scores | {"aesthetic": scorer.score(planes_to_rgb(planes))}
+            for scores, planes in zip(views, pixels.values(), strict=True)
         ]
     return {name: round(float(_OVER_VIEWS.get(name, max)([scores[name] for scores in views])), 6) for name in views[0]}
 
 
-def view_scores(video: UInt8[np.ndarray, "f h w 3"]) -> dict[str, float]:
+def view_scores(planes: UInt8[np.ndarray, "f p w"]) -> dict[str, float]:
     """The measurements of one view of a clip; `FilterConfig` says what each is."""
-    luma = brightness(video)
-    is_black = luma <= BLACK
-    moves = moving_pixels(video)[1:]
+    stored, *colours = split_planes(planes)
+    step = max(1, min(stored.shape[1:]) // (2 * GRID_SIDE))  # of the colours' pixels, each of which is four of stored
+    luma = full_range(stored[:, :: 2 * step, :: 2 * step])
+    grids = [luma, *(np.ascontiguousarray(colour[:, ::step, ::step]) for colour in colours)]
+    few = np.linspace(0, len(stored) - 1, min(FEW_FRAMES, len(stored))).round().astype(int)
+    few_luma, extremes = full_range(stored[few]), full_range(np.stack([stored.min(axis=0), stored.max(axis=0)]))
+    is_black, is_white, moves = luma <= BLACK, luma >= WHITE, np.logical_or.reduce([_moves(one) for one in grids])[1:]
     return {
-        "black": float((is_black.mean(axis=(1, 2)) > BLACK_FRAME).mean()),
-        "flat": float((video[:, ::FLAT_STRIDE, ::FLAT_STRIDE].std(axis=(1, 2)).max(axis=-1) <= FLAT_SPREAD).mean()),
+        "black": float((_shares(is_black) > BLACK_FRAME).mean()),
+        "flat": float((np.max([_deviations(one) for one in grids], axis=0) <= FLAT_SPREAD).mean()),
         "frozen": frozen_share(luma),
-        "static": 1.0 - float(moves.any(axis=0).mean()) if len(moves) else 1.0,
-        "motion": float(moves.mean()) if len(moves) else 0.0,
-        "sharpness": sharpness(luma),
-        "dark": float(is_black.mean()),
-        "bright": float((luma >= WHITE).mean()),
-        "letterbox": letterbox_share(luma),
-        "depth": depth_likeness(video, luma),
+        "static": 1.0 - float(_shares(moves.any(axis=0)[None])[0]) if len(moves) else 1.0,
+        "motion": float(_shares(moves).mean()) if len(moves) else 0.0,
+        "sharpness": sharpness(few_luma),
+        "dark": float(_shares(is_black).mean()),
+        "bright": float(_shares(is_white).mean()),
+        "letterbox": letterbox_share(extremes),
+        "depth": depth_likeness(few_luma, [one[few] for one in grids[1:]]),
     }
+
+
+def _shares(chosen: Bool[np.ndarray, "f h w"]) -> Float64[np.ndarray, "f"]:
+    return np.count_nonzero(chosen, axis=(1, 2)) / (chosen.shape[1] * chosen.shape[2])
+
+
+def _deviations(values: UInt8[np.ndarray, "f h w"]) -> Float64[np.ndarray, "f"]:
+    return values[:, ::FLAT_STRIDE, ::FLAT_STRIDE].std(axis=(1, 2))
+
+
+def _moves(values: UInt8[np.ndarray, "f h w"]) -> Bool[np.ndarray, "f h w"]:
+    """Where a clip differs from its first frame by more than `MOVING_THRESHOLD`."""
+    return np.maximum(values, values[:1]) - np.minimum(values, values[:1]) > int(MOVING_THRESHOLD * 127.5)
 
 
 def frozen_share(luma: UInt8[np.ndarray, "f h w"]) -> float:
     if len(luma) < 2:
         return 0.0
-    difference = np.abs(np.diff(luma.astype(np.int16), axis=0))
+    difference = np.maximum(luma[1:], luma[:-1]) - np.minimum(luma[1:], luma[:-1])
     return float((difference.max(axis=(1, 2)) <= FROZEN_LEVELS).mean())
 
 
 def sharpness(luma: UInt8[np.ndarray, "f h w"]) -> float:
-    """Variance of the Laplacian, median over a few frames."""
-    chosen = luma[_few(len(luma))]
+    """Variance of the Laplacian, median over the frames."""
+    chosen = luma
     height, width = luma.shape[1:]
     scale = SHARPNESS_SIDE / min(height, width)
     if scale < 1:
         size = (round(width * scale), round(height * scale))
-        chosen = np.stack([np.asarray(Image.fromarray(one).resize(size, Image.Resampling.BOX)) for one in chosen])
+        chosen = np.stack([_reduced(one, size) for one in chosen])
     if min(chosen.shape[1:]) < 3:
         return 0.0
-    one = chosen.astype(np.int32)
+    one = chosen.astype(np.int16)
     laplacian = one[:, :-2, 1:-1] + one[:, 2:, 1:-1] + one[:, 1:-1, :-2] + one[:, 1:-1, 2:] - 4 * one[:, 1:-1, 1:-1]
-    return float(np.median(laplacian.var(axis=(1, 2))))
+    return float(np.median(laplacian.astype(np.float32).var(axis=(1, 2), dtype=np.float64)))
 
 
-def depth_likeness(video: UInt8[np.ndarray, "f h w 3"], luma: UInt8[np.ndarray, "f h w"]) -> float:
+def _reduced(luma: UInt8[np.ndarray, "h w"], size: tuple[int, int]) -> UInt8[np.ndarray, "v u"]:
+    return np.asarray(Image.fromarray(luma).resize(size, Image.Resampling.BOX, reducing_gap=1.0))
+
+
+def depth_likeness(luma: UInt8[np.ndarray, "f h w"], colours: Sequence[UInt8[np.ndarray, "f u v"]]) -> float:
     """Depth has no colour, no texture and no noise: most neighbours are equal, and edges are steep."""
-    chosen = _few(len(video))
-    red, green, blue = (video[chosen, ..., channel] for channel in range(3))
-    spread = np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue)
-    if (spread > GREY_LEVELS).mean() > COLOURED_PIXELS:
+    is_coloured = np.logical_or.reduce([np.abs(one.astype(np.int16) - NO_COLOUR) > GREY_LEVELS for one in colours])
+    if is_coloured.mean() > COLOURED_PIXELS:
         return 0.0
-    grey = luma[chosen].astype(np.int16)
+    grey = luma.astype(np.int16)
     across = np.abs(np.diff(grey, axis=2)) <= 1
     down = np.abs(np.diff(grey, axis=1)) <= 1
     return float((across.mean() + down.mean()) / 2)
-
-
-def _few(num_frames: int) -> np.ndarray:
-    return np.linspace(0, num_frames - 1, min(FEW_FRAMES, num_frames)).round().astype(int)

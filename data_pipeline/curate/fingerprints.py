@@ -16,6 +16,7 @@ from PIL import Image
 from ..sources.base import Footage, VideoSegment
 from ..video_index import VideoIndex, index_video, open_video, video_stream
 from ..video_io import frame_indices_at
+from ..video_pixels import split_planes
 
 PHASH_FRAMES = 4
 """Frames of a clip, from its first to its last, that are hashed."""
@@ -27,21 +28,23 @@ PHASH_SIDE, PHASH_FREQUENCIES = 32, 8
 # --- what it shows ------------------------------------------------------------------------------------------------
 
 
-def clip_phash(pixels: Mapping[str, UInt8[np.ndarray, "f h w 3"]]) -> str:
-    """64 bits for each of a few frames of each view, in hexadecimal."""
-    return "".join(_frame_phash(frame) for video in pixels.values() for frame in video[_spread(len(video))])
+def clip_phash(pixels: Mapping[str, UInt8[np.ndarray, "f p w"]]) -> str:
+    """64 bits for each of a few frames of each view, which come as planes, in hexadecimal."""
+    return "".join(_phash(split_planes(planes)[0]) for planes in pixels.values())
 
 
-def _spread(num_frames: int) -> np.ndarray:
-    return np.linspace(0, num_frames - 1, PHASH_FRAMES).round().astype(int)
-
-
-def _frame_phash(frame: UInt8[np.ndarray, "h w 3"]) -> str:
+def _phash(luma: UInt8[np.ndarray, "f h w"]) -> str:
     """The method of pHash (https://www.phash.org): which low frequencies are stronger than their median."""
-    small = Image.fromarray(frame).convert("L").resize((PHASH_SIDE, PHASH_SIDE), Image.Resampling.BILINEAR)
-    frequencies = _COSINES @ np.asarray(small, dtype=np.float64) @ _COSINES.T
-    is_strong = frequencies > np.median(frequencies)
+    chosen = np.linspace(0, len(luma) - 1, PHASH_FRAMES).round().astype(int)
+    small = np.stack([_reduced(frame) for frame in luma[chosen]]).astype(np.float64)
+    frequencies = (_COSINES @ small @ _COSINES.T).reshape(PHASH_FRAMES, -1)
+    is_strong = frequencies > np.median(frequencies, axis=1, keepdims=True)
     return np.packbits(is_strong).tobytes().hex()
+
+
+def _reduced(luma: UInt8[np.ndarray, "h w"]) -> UInt8[np.ndarray, "32 32"]:
+    size = (PHASH_SIDE, PHASH_SIDE)
+    return np.asarray(Image.fromarray(luma).resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0))
 
 
 def _cosines() -> Float64[np.ndarray, "8 32"]:

@@ -24,7 +24,8 @@ from configs.loader import StrictConfig
 
 from ..align import nearest_frames
 from ..embodiments import Embodiment
-from ..video_io import ViewConfig, decode_frames, frame_indices_at, prepare_view, probe_video
+from ..video_io import ViewConfig, decode_frames, decode_view, frame_indices_at, prepare_view, probe_video
+from ..video_pixels import rgb_to_planes
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ class Footage(Protocol):
         """The frames at these positions (any order, repeats allowed): RGB, upright, square pixels."""
         ...
 
-    def read_view(self, positions: Sequence[int], view: ViewConfig) -> UInt8[np.ndarray, "f h w 3"]:
-        """The same, cut and scaled to a view of the dataset."""
+    def read_view(self, positions: Sequence[int], view: ViewConfig) -> UInt8[np.ndarray, "f p w"]:
+        """The same, cut and scaled to a view of the dataset, as planes (`video_pixels`)."""
         ...
 
 
@@ -85,9 +86,9 @@ class VideoSegment:
     def read(self, positions: Sequence[int]) -> UInt8[np.ndarray, "f h w 3"]:
         return decode_frames(self.path, positions)
 
-    def read_view(self, positions: Sequence[int], view: ViewConfig) -> UInt8[np.ndarray, "f h w 3"]:
+    def read_view(self, positions: Sequence[int], view: ViewConfig) -> UInt8[np.ndarray, "f p w"]:
         # Scaled while it is decoded: going by the full picture takes five times as long.
-        return decode_frames(self.path, positions, view)
+        return decode_view(self.path, positions, view)
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,8 @@ class StoredImages(ABC):
     @abstractmethod
     def read(self, positions: Sequence[int]) -> UInt8[np.ndarray, "f h w 3"]: ...
 
-    def read_view(self, positions: Sequence[int], view: ViewConfig) -> UInt8[np.ndarray, "f h w 3"]:
-        return prepare_view(self.read(positions), view)
+    def read_view(self, positions: Sequence[int], view: ViewConfig) -> UInt8[np.ndarray, "f p w"]:
+        return rgb_to_planes(prepare_view(self.read(positions), view))
 
     @property
     @abstractmethod

@@ -35,7 +35,7 @@ from configs.loader import UserError
 
 from ..align import resample
 from ..embodiments import Embodiment, RotationSlots
-from ..video_io import VideoError, VideoInfo, ViewConfig, decode_frames, probe_video
+from ..video_io import VideoError, VideoInfo, ViewConfig, decode_frames, decode_view, probe_video
 from .base import (
     Episode,
     Footage,
@@ -101,8 +101,8 @@ class TimedVideo:
     def read(self, positions: Sequence[int]) -> UInt8[np.ndarray, "f h w 3"]:
         return decode_frames(self.path, positions)
 
-    def read_view(self, positions: Sequence[int], view: ViewConfig) -> UInt8[np.ndarray, "f h w 3"]:
-        return decode_frames(self.path, positions, view)
+    def read_view(self, positions: Sequence[int], view: ViewConfig) -> UInt8[np.ndarray, "f p w"]:
+        return decode_view(self.path, positions, view)
 
 
 class DroidSource:

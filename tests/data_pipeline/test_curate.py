@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 
 from data_pipeline.curate.clips import clip_key, clip_starts, num_clip_frames
 from data_pipeline.curate.episode import CurateEpisode, CuratePlan, SourcePlan, curate_episode, view_name
+from data_pipeline.curate.shots import ShotConfig
 from data_pipeline.sample import Sample, validate
 from data_pipeline.shards import TarWriter
 from data_pipeline.sources import FORMATS, LeRobotConfig, open_source
 from data_pipeline.staging import Staging
-from data_pipeline.video_io import ViewConfig, decode_clip
+from data_pipeline.video_copy import copy_clip
+from data_pipeline.video_io import ViewConfig, decode_clip, decode_frames, encode_video
 from tests.data_pipeline.recordings import numbered_frames, read_numbers, write_lerobot_v21, write_video
 
 FRONT = ViewConfig(height=32, width=48)
@@ -121,6 +123,30 @@ def test_two_views_stay_on_one_clock(tmp_path, robot):
     assert samples[0].meta.views["wrist"].role == "wrist"
     _, (first, *_) = curate(plan_for(tmp_path, robot, views={"hand": FRONT}, view_map={"wrist": "hand"}))
     assert set(first.video) == {"hand"}
+
+
+def test_what_is_stored_as_a_sample_holds_it_is_copied(tmp_path):
+    """From keyframe on and unscaled: not a pixel changes. All else is encoded, and looks the same."""
+    path = tmp_path / "videos/a.mp4"
+    path.parent.mkdir()
+    frames = encode_video(numbered_frames(range(24)), path, 10.0) and decode_frames(path, range(24))
+
+    def clips_of(view):
+        views = {"main": view}
+        return curate(plan_for(tmp_path, path.parent, "video_folder", views=views, shots=ShotConfig(detect="off")))[1]
+
+    whole = ViewConfig(height=48, width=64)
+    samples = clips_of(whole)
+    for i, sample in enumerate(samples):
+        is_copy = sample.video["main"] == copy_clip(path, 4 * i, 5, 10.0, 8)
+        assert is_copy == (i % 2 == 0)  # a group of pictures has eight frames
+        if is_copy:
+            np.testing.assert_array_equal(decode_clip(sample.video["main"]), frames[4 * i : 4 * i + 5])
+        assert numbers(sample, "main") == list(range(4 * i, 4 * i + 5))
+    scaled = clips_of(ViewConfig(height=24, width=32))
+    assert decode_clip(scaled[0].video["main"]).shape == (5, 24, 32, 3)
+    first, *_ = clips_of(whole.model_copy(update={"rotate_180": True}))
+    assert np.abs(decode_clip(first.video["main"]).astype(int) - frames[:5, ::-1, ::-1]).mean() < 2
 
 
 @pytest.mark.parametrize(("name", "safe"), [("Front.RGB", "front_rgb"), ("cam 1", "cam_1"), ("手", "view")])

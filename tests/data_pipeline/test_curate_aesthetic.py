@@ -10,6 +10,7 @@ from configs.loader import UserError
 from data_pipeline.curate.aesthetic import CLIP_MEAN, CLIP_STD, AestheticConfig, AestheticScorer
 from data_pipeline.curate.filters import FilterConfig, broken_rule, filter_scores
 from data_pipeline.video_io import decode_frames
+from data_pipeline.video_pixels import planes_to_rgb, rgb_to_planes
 
 WIDTH, SIZE = 12, 32
 
@@ -114,9 +115,9 @@ def test_weights_are_never_downloaded_or_unpickled(tmp_path):
 def test_the_filter(clip_folder, tmp_path):
     head = write_head(tmp_path / "head.safetensors", {"": 1})
     weights = AestheticConfig(clip=clip_folder, head=head)
-    views, sizes = {"a": video(0), "b": video(1)}, {"a": 40, "b": 40}
+    views, sizes = {name: rgb_to_planes(video(seed)) for seed, name in enumerate("ab")}, {"a": 40, "b": 40}
     score = filter_scores(views, sizes, weights)["aesthetic"]
-    each = [AestheticScorer(weights).score(one) for one in views.values()]
+    each = [AestheticScorer(weights).score(planes_to_rgb(one)) for one in views.values()]
     assert score == pytest.approx(np.mean(each), abs=1e-5)
     for limit, reason in ((score + 0.1, "not_aesthetic"), (score - 0.1, None)):
         broken = broken_rule({"aesthetic": score}, FilterConfig(aesthetic=weights, min_aesthetic=limit))

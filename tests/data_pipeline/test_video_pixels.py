@@ -19,11 +19,13 @@ from data_pipeline.video_io import (
     ViewConfig,
     decode_clip,
     decode_frames,
+    decode_view,
     encode_video,
     prepare_view,
     probe_video,
     view_window,
 )
+from data_pipeline.video_pixels import planes_to_rgb, rgb_to_planes, split_planes
 from tests.data_pipeline.recordings import numbered_frames, read_numbers, rotate_in_header, write_video
 
 MATRICES = {"bt601": (0.299, 0.114), "bt709": (0.2126, 0.0722), "bt2020": (0.2627, 0.0593)}  # weights of red and blue
@@ -125,9 +127,12 @@ def patches(height: int, width: int) -> np.ndarray:
 @pytest.mark.parametrize("is_full_range", [False, True])
 @pytest.mark.parametrize("matrix", MATRICES)
 def test_tagged_colours_come_back(tmp_path: Path, matrix: str, is_full_range: bool, bits: int) -> None:
-    rgb = patches(48, 64)
+    rgb = patches(96, 128)
     path = write_colours(tmp_path / "colours.mp4", rgb, Coding(matrix, is_full_range, bits, "left"))
     assert np.abs(decode_frames(path, [1])[0].astype(int) - rgb).max() <= 2  # 8-bit planes hold no more
+    inside = np.s_[:, 5:7, :, 6:10]  # a view's planes have one colour for four pixels
+    shown = planes_to_rgb(decode_view(path, [1], ViewConfig(height=96, width=128)))[0]
+    assert np.abs((shown.astype(int) - rgb).reshape(8, 12, 8, 16, 3)[inside]).max() <= 5
 
 
 @pytest.mark.parametrize(
@@ -139,7 +144,8 @@ def test_untagged_colours_go_by_size(tmp_path: Path, height: int, width: int, ma
     path = write_colours(tmp_path / "colours.mp4", rgb, Coding(matrix, False, 8, "left"), is_tagged=False)
     assert np.abs(decode_frames(path, [1])[0].astype(int) - rgb).max() <= 2
     view = ViewConfig(height=64, width=64)  # the size that counts is the recording's
-    assert np.abs(decode_frames(path, [1], view).astype(int) - prepare_view(rgb[None], view)).max() <= 3
+    expected = rgb_to_planes(prepare_view(rgb[None], view))
+    assert np.median(np.abs(decode_view(path, [1], view).astype(int) - expected)) <= 1  # more at edges of colours
 
 
 def test_colours_stay_in_their_place_when_encoded() -> None:
@@ -150,6 +156,31 @@ def test_colours_stay_in_their_place_when_encoded() -> None:
     decoded = decode_clip(encode_video(slopes, None, 10, crf=1))
     bias = (decoded.astype(float) - slopes)[1, 20:-20, 20:-20].mean(axis=(0, 1))
     assert np.abs(bias).max() < 0.2
+
+
+# --- planes ----------------------------------------------------------------------------------------------------------
+
+
+def test_planes_hold_a_picture() -> None:
+    rgb = patches(48, 64)[None].repeat(3, axis=0)
+    rgb[1] = 255 - rgb[0]
+    planes = rgb_to_planes(rgb)
+    assert planes.shape == (3, 72, 64)
+    inside = np.s_[:, :, 2:4, :, 2:6]  # colours are shared by four pixels and run over edges
+    difference = (planes_to_rgb(planes).astype(int) - rgb).reshape(3, 8, 6, 8, 8, 3)[inside]
+    assert np.abs(difference).max() <= 4
+    np.testing.assert_array_equal(rgb_to_planes(rgb[1:2]), planes[1:2])
+
+
+@given(height=st.integers(1, 9), width=st.integers(1, 9), num_frames=st.integers(1, 3))
+def test_planes_are_split_where_they_lie(height: int, width: int, num_frames: int) -> None:
+    planes = np.arange(num_frames * 6 * height * width).reshape(num_frames, 3 * height, 2 * width).astype(np.uint8)
+    parts = split_planes(planes)
+    assert [part.shape for part in parts] == [(num_frames, k * height, k * width) for k in (2, 1, 1)]
+    joined = np.concatenate([part.reshape(num_frames, -1) for part in parts], axis=1)
+    np.testing.assert_array_equal(joined, planes.reshape(num_frames, -1))
+    for part in parts:
+        assert np.shares_memory(part, planes)
 
 
 # --- views while decoding --------------------------------------------------------------------------------------------
@@ -189,20 +220,23 @@ def test_a_view_is_what_prepare_view_makes(
     path.write_bytes(smooth.read_bytes())
     rotate_in_header(path, matrix)
     view = VIEWS[name]
-    expected = prepare_view(decode_frames(path, range(12)), view)
-    shown = decode_frames(path, range(12), view)
+    expected = rgb_to_planes(prepare_view(decode_frames(path, range(12)), view))
+    shown = decode_view(path, range(12), view)
     difference = np.abs(shown.astype(int) - expected)
-    assert difference.max() <= 6
-    assert difference.mean() < 0.8
-    np.testing.assert_array_equal(decode_frames(path, [7, 2], view), shown[[7, 2]])
+    assert difference.max() <= 4
+    assert difference.mean() < 0.6
+    np.testing.assert_array_equal(decode_view(path, [7, 2], view), shown[[7, 2]])
 
 
 def test_a_crop_at_odd_pixels_moves_nothing_but_colours(smooth: Path) -> None:
-    view = ViewConfig(height=35, width=35, crop=(3, 7, 70, 70))
-    expected, shown = prepare_view(decode_frames(smooth, range(12)), view), decode_frames(smooth, range(12), view)
-    brightness = np.array([0.299, 0.587, 0.114])
-    assert np.abs(shown @ brightness - expected @ brightness).max() <= 3
-    assert np.abs(shown.astype(int) - expected).mean() < 4  # one colour is stored for two pixels: theirs move by one
+    view = ViewConfig(height=34, width=34, crop=(3, 7, 68, 68))
+    expected = split_planes(rgb_to_planes(prepare_view(decode_frames(smooth, range(12)), view)))
+    brightness, *colours = (
+        np.abs(one.astype(int) - other)
+        for one, other in zip(split_planes(decode_view(smooth, range(12), view)), expected, strict=True)
+    )
+    assert brightness.max() <= 3
+    assert np.mean(colours) < 3  # one colour is stored for two pixels: theirs move by one
 
 
 @given(
