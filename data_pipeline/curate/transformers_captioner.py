@@ -14,7 +14,7 @@ from PIL import Image
 
 from configs.loader import UserError
 
-from ..encoders.local_weights import CONFIG_NAME, DTYPES, hash_files, read_json
+from ..encoders.local_weights import CONFIG_NAME, DTYPES, check_complete, hash_files, read_json
 from ..staging import digest
 from .captioners import Answer, CaptionConfig, CaptionError, grey_clip, one_line
 
@@ -42,10 +42,7 @@ class TransformersCaptioner:
                 output_loading_info=True,
             ),
         )
-        # transformers only warns, and leaves what is missing random.
-        missing = sorted({*map(str, info["missing_keys"]), *map(str, info["mismatched_keys"])})
-        if missing:
-            raise UserError(f"{folder}: {len(missing)} tensors are missing (first: {missing[0]}); download it again.")
+        check_complete(folder, info)
         self.model = _or_user_error(folder, "weights", lambda: model.eval().requires_grad_(False).to(device))
 
     @staticmethod

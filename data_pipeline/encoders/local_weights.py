@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,12 @@ CONFIG_NAME = "config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def find_model_folder(folder: Path, part: str) -> Path:
+def find_model_folder(folder: Path, part: str, example: str = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers") -> Path:
     """`folder` itself, or its `part` (`vae`, `text_encoder`) if `folder` is a whole pipeline in diffusers' layout."""
     if not folder.is_dir():
         raise UserError(
             f"{folder} is not a folder: pretrained weights are read from this machine only, so download the model "
-            "first (for example `hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers --local-dir FOLDER`) and give its folder."
+            f"first (for example `hf download {example} --local-dir FOLDER`) and give its folder."
         )
     inner = folder / part
     chosen = inner if (inner / CONFIG_NAME).is_file() else folder
@@ -59,6 +59,26 @@ def hash_files(paths: Iterable[Path]) -> str:
         with path.open("rb") as file:
             digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()
+
+
+def load_pretrained(model_class: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """A model of transformers, frozen. UserError where the folder holds not all of it."""
+    try:
+        model, info = model_class.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:  # transformers raises OSError, ValueError, RuntimeError and safetensors' own
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder}: its weights cannot be loaded ({reason}); copy the folder again.") from error
+    check_complete(folder, info)
+    return model.eval().requires_grad_(False)
+
+
+def check_complete(folder: Path, loading_info: Mapping[str, Any]) -> None:
+    """transformers only warns, and leaves what is missing random."""
+    missing = sorted({*map(str, loading_info["missing_keys"]), *map(str, loading_info["mismatched_keys"])})
+    if missing:
+        raise UserError(f"{folder}: {len(missing)} tensors are missing (first: {missing[0]}); download it again.")
 
 
 def save_reference(target: Path, *, kind: str, weight_hash: str, **fields: str | int) -> None:

@@ -26,6 +26,7 @@ from .local_weights import (
     check_weight_hash,
     find_model_folder,
     hash_files,
+    load_pretrained,
     load_reference,
     read_json,
     save_reference,
@@ -156,18 +157,7 @@ class T5TextEncoder:
                 f"{folder} holds a {model_type} model, not {self.name}: set text_encoder.kind to its type (t5, "
                 "umt5) or give another folder."
             )
-        try:
-            model, info = getattr(transformers, self.model_class).from_pretrained(
-                folder, dtype=DTYPES[self.dtype], local_files_only=True, use_safetensors=True, output_loading_info=True
-            )
-        except Exception as error:  # transformers raises OSError, ValueError, RuntimeError and safetensors' own
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{folder}: the {self.name} weights cannot be loaded ({reason}); copy it again.") from error
-        # transformers only warns, and leaves what is missing random.
-        missing = sorted({*info["missing_keys"], *info["mismatched_keys"]})
-        if missing:
-            raise UserError(f"{folder}: {len(missing)} tensors are missing (first: {missing[0]}); download it again.")
-        return model.eval().requires_grad_(False)
+        return load_pretrained(getattr(transformers, self.model_class), folder, DTYPES[self.dtype])
 
     def save(self, folder: Path) -> None:
         """A reference, not a copy: UMT5-XXL is eleven gigabytes."""
