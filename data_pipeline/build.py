@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from configs.loader import UserError, dump_config, run_command
 from . import preview, ray_job
 from .build_config import HOW_IT_IS_RUN, BuildConfig, parse_partition
 from .curate.captions import CaptionEpisode, plan_captions, read_caption_records, summarise_captions
-from .curate.duplicates import find_leaks, without_duplicates
+from .curate.duplicates import find_leaks, without_duplicates, without_semantic_duplicates
+from .curate.embeddings import EmbedEpisode, plan_embeddings, read_embeddings
 from .curate.episode import CurateEpisode, CuratePlan
 from .dataset import (
     CODEC,
@@ -112,20 +113,25 @@ class Build:
             self.num_workers,
             config.gpus,
         )
+        self.embed_plan = plan_embeddings(config.duplicates.semantic, self.staging.root, use_gpu=config.gpus > 0)
+        self._gpu_pool = (config.gpus or self.num_workers, 1 if config.gpus else 0)
         self._new_video_s = plan.stride / plan.fps  # that a clip adds to the one before
 
     def run_partition(self, index: int, num_parts: int) -> None:
         """A share of the episodes; and all that comes after, once every share is done."""
-        made_from = digest([self.plan.identity(name) for name in sorted(self.listing)], self.rows)
+        embedder = self.embed_plan.embedder if self.embed_plan else None
+        made_from = digest([self.plan.identity(name) for name in sorted(self.listing)], self.rows, embedder)
         rows = self.rows[index::num_parts]
         with self.staging.locked(f"partition-{index}-of-{num_parts}"):
             self.curate(rows)
-            self.caption(self._records(rows))
+            records = self._records(rows)
+            self.embed(records)
+            self.caption(records)
             codec = open_frozen_codec(self.config.codec)
             if codec is not None:  # one that is fitted to all clips cannot encode any yet
                 stage_encoder(self.staging, codec, self.staging.codec)
                 text_encoder = self._stage_text_encoder()
-                self._encode(self._records(rows), encoders_identity(codec, text_encoder))
+                self._encode(records, encoders_identity(codec, text_encoder))
             marker = PartitionRecord(made_from=made_from).model_dump_json()
             write_atomic(self.staging.partition(index, num_parts), marker.encode())
         others = [read_record(self.staging.partition(i, num_parts), PartitionRecord) for i in range(num_parts)]
@@ -151,16 +157,21 @@ class Build:
         if num_kept:
             logger.info("curate: %d of %d episodes are as they were, their clips were kept", num_kept, len(rows))
 
+    def embed(self, records: Sequence[EpisodeRecord]) -> None:
+        """Embeds the clips, where those that mean the same are to go."""
+        plan = self.embed_plan
+        if plan is not None:
+            due = [record for record in records if plan.is_due(record)]
+            self._work_on("embed", due, functools.partial(EmbedEpisode, plan), *self._gpu_pool)
+
     def caption(self, records: Sequence[EpisodeRecord]) -> CaptionInfo | None:
         """Describes the clips that have no instruction, where the config asks for it."""
         plan = self.caption_plan
         if plan is None:
             return None
-        rows = [{"source": one.source, "episode": one.episode} for one in records if plan.is_due(one)]
+        due = [record for record in records if plan.is_due(record)]
         make_worker = functools.partial(CaptionEpisode, plan)
-        results = ray_job.map_rows(rows, make_worker, plan.num_workers, gpus_each=plan.gpus_each)
-        for _ in track(results, len(rows), "caption", lambda row: row["clips"], clip_s=self._new_video_s):
-            pass
+        self._work_on("caption", due, make_worker, plan.num_workers, plan.gpus_each)
         summary = summarise_captions(plan, read_caption_records(plan, records))
         logger.info("captions: %s", summary.sentence())
         return summary.info
@@ -168,12 +179,12 @@ class Build:
     def finish(self) -> None:
         """Everything after curation: encoders, latents, shards."""
         config, staged = self.config, self._records(self.rows)
-        records = without_duplicates(staged, config.duplicates)
+        records = self._without_duplicates(staged)
         counts = count(records)
         if not counts.accepted:
             raise _nothing_accepted(records, counts)
         self._check_share(counts.found, counts.rejected)
-        used = [whole for whole, record in zip(staged, records, strict=True) if record.clips]
+        used = _whole(staged, records)
         captions = self.caption(used)
         splits = assign_splits(records, config.validation_share)
         self._warn_of_leaks(records, splits)
@@ -207,6 +218,30 @@ class Build:
 
     def _records(self, rows: Sequence[dict[str, str]]) -> list[EpisodeRecord]:
         return [self.staging.read_curated(**row) for row in rows]
+
+    def _work_on(
+        self,
+        stage: str,
+        records: Sequence[EpisodeRecord],
+        make_worker: Callable[[], Callable[[ray_job.Row], ray_job.Row]],
+        num_workers: int,
+        gpus_each: int,
+    ) -> None:
+        """A stage after curation: each worker reads what is staged of an episode and stages what it makes of it."""
+        rows = [{"source": record.source, "episode": record.episode} for record in records]
+        results = ray_job.map_rows(rows, make_worker, num_workers, gpus_each=gpus_each)
+        for _ in track(results, len(rows), stage, lambda result: result["clips"], clip_s=self._new_video_s):
+            pass
+
+    def _without_duplicates(self, staged: Sequence[EpisodeRecord]) -> list[EpisodeRecord]:
+        """The dearest comparison last, of what the others have left."""
+        semantic = self.config.duplicates.semantic
+        records = without_duplicates(staged, self.config.duplicates)
+        if semantic is None or self.embed_plan is None:
+            return records
+        left = _whole(staged, records)
+        self.embed(left)
+        return without_semantic_duplicates(records, read_embeddings(self.embed_plan, left), semantic.min_cosine)
 
     def _check_share(self, found: int, rejected: int) -> None:
         if rejected > self.config.max_rejected_fraction * found:
@@ -244,17 +279,12 @@ class Build:
             encoders=encoders,
             captioner=self.caption_plan.captioner if self.caption_plan else None,
         )
-        rows = []
+        due = []
         for record in records:
             staged = self.staging.find_encoded(record.source, record.episode)
             if record.clips and (staged is None or staged.made_from != plan.identity(record)):
-                rows.append({"source": record.source, "episode": record.episode})
-        gpus = self.config.gpus
-        results = ray_job.map_rows(
-            rows, functools.partial(EncodeEpisode, plan), gpus or self.num_workers, gpus_each=1 if gpus else 0
-        )
-        for _ in track(results, len(rows), "encode", lambda result: result["clips"], clip_s=self._new_video_s):
-            pass
+                due.append(record)
+        self._work_on("encode", due, functools.partial(EncodeEpisode, plan), *self._gpu_pool)
 
     def _used_embodiments(self, records: Sequence[EpisodeRecord]) -> dict[str, Embodiment]:
         used = {record.embodiment for record in records if record.clips}
@@ -346,6 +376,11 @@ def _nothing_accepted(records: Sequence[EpisodeRecord], counts: Counts) -> UserE
         f"None of the {counts.found} clips and episodes found can be used ({listed}); the first: {first.where}: "
         f"{first.detail}; change the sources or the clips' length and rate."
     )
+
+
+def _whole(staged: Sequence[EpisodeRecord], records: Sequence[EpisodeRecord]) -> list[EpisodeRecord]:
+    """The episodes of which `records` still has clips, with all of their clips: what the stages work on."""
+    return [whole for whole, record in zip(staged, records, strict=True) if record.clips]
 
 
 def _clips_by_key(records: Sequence[EpisodeRecord], splits: Mapping[str, Split], split: Split) -> list[ClipRef]:

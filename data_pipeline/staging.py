@@ -2,6 +2,8 @@
 
     curated/<source>/<episode>.tar      the clips' mp4, actions, proprio and meta
     curated/<source>/<episode>.json     `EpisodeRecord`, written last: the episode is done
+    embedded/<source>/<episode>.safetensors  the clips' embeddings, where `duplicates.semantic` asks for them
+    embedded/<source>/<episode>.json    `EmbeddedRecord`, written last
     encoded/<source>/<episode>.tar      the clips' latents and text
     encoded/<source>/<episode>.json     `EncodedRecord`, written last
     codec/  text_encoder/  codec.json   the frozen encoders, and `StagedCodec`, written last
@@ -74,6 +76,12 @@ class EncodedRecord(StrictConfig):
     made_from: str = ""
 
 
+class EmbeddedRecord(StrictConfig):
+    """An embedding per clip of the episode, in the same order, lies beside it."""
+
+    made_from: str
+
+
 class StagedCodec(StrictConfig):
     info: CodecInfo
     made_from: str
@@ -122,6 +130,9 @@ class Staging:
     def encoded_tar(self, source: str, episode: str) -> Path:
         return self.root / "encoded" / source / f"{episode}.tar"
 
+    def embedded_file(self, source: str, episode: str) -> Path:
+        return self.root / "embedded" / source / f"{episode}.safetensors"
+
     def partition(self, index: int, count: int) -> Path:
         return self.root / "partitions" / f"{index}-of-{count}.json"
 
@@ -130,6 +141,9 @@ class Staging:
 
     def find_encoded(self, source: str, episode: str) -> EncodedRecord | None:
         return read_record(self.encoded_tar(source, episode).with_suffix(".json"), EncodedRecord)
+
+    def find_embedded(self, source: str, episode: str) -> EmbeddedRecord | None:
+        return read_record(self.embedded_file(source, episode).with_suffix(".json"), EmbeddedRecord)
 
     def begin_attempt(self, run: str, source: str, episode: str) -> int:
         """The number of this attempt at an episode. It stays on disk when the process that makes it does not."""
@@ -169,7 +183,7 @@ class Staging:
 
     def keep_only(self, listing: Mapping[str, Collection[str]]) -> None:
         """Drops the work on episodes that are no longer there, and what a killed build has left half-written."""
-        for stage in ("curated", "captions", "encoded"):
+        for stage in ("curated", "captions", "embedded", "encoded"):
             for path in (self.root / stage).glob("*/*"):
                 if path.name.startswith(".") or path.stem not in listing.get(path.parent.name, ()):
                     path.unlink()
@@ -177,10 +191,10 @@ class Staging:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_record(tar: Path, record: EpisodeRecord | EncodedRecord) -> None:
-    write_atomic(tar.with_suffix(".json"), record.model_dump_json().encode())
+def write_record(beside: Path, record: EpisodeRecord | EmbeddedRecord | EncodedRecord) -> None:
+    write_atomic(beside.with_suffix(".json"), record.model_dump_json().encode())
 
 
-def forget_record(tar: Path) -> None:
-    """Before its tar is replaced: a record must never stand beside another tar than its own."""
-    tar.with_suffix(".json").unlink(missing_ok=True)
+def forget_record(beside: Path) -> None:
+    """Before its file is replaced: a record must never stand beside another file than its own."""
+    beside.with_suffix(".json").unlink(missing_ok=True)

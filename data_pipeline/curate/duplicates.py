@@ -8,25 +8,45 @@ A robot's episodes look alike: of a fixed camera's, clips of different episodes 
 those exactly only.
 """
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float32, Int64, UInt64
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from configs.loader import StrictConfig, UserError
 
+from ..one_thread import one_thread
 from ..staging import EpisodeRecord, Rejection
+from .clip_embedding import CLIP_FOLDER
 
 SEED = 0
 CLUSTER_SIZE = 1000
 """Embeddings per cluster, on average; only those of one cluster are compared."""
 
 
+class SemanticConfig(StrictConfig):
+    """How clips are compared by what they mean: by CLIP's embeddings of a few frames of every view."""
+
+    clip: Path = Field(description=CLIP_FOLDER)
+    min_cosine: float = Field(
+        0.97,
+        ge=0,
+        lt=1,
+        description="reject clips whose embedding has a larger cosine to that of one that stays; rejected.parquet "
+        "says which cosine each has",
+    )
+    frames: PositiveInt = Field(3, description="frames per view that are looked at, evenly spaced")
+
+
 class DuplicateConfig(StrictConfig):
-    """What counts as a duplicate: exact copies of whole recordings, near copies of clips."""
+    """What counts as a duplicate: exact copies of whole recordings, near copies of clips, clips that mean the same."""
 
     exact: bool = Field(
         True, description="reject recordings whose compressed video is that of another, in whatever container"
@@ -37,6 +57,11 @@ class DuplicateConfig(StrictConfig):
         le=0.25,
         description="reject clips whose perceptual hashes differ in no larger share of bits; try 0.03 for web video, "
         "leave null for robots, whose episodes look alike; null: keep them",
+    )
+    semantic: SemanticConfig | None = Field(
+        None,
+        description="reject clips that mean the same, by a CLIP on this machine (extra `similarity`); for web video, "
+        "leave null for robots; null: keep them",
     )
     leak: float = Field(
         0.0,
@@ -62,36 +87,59 @@ def exact_duplicates(hashes: Mapping[str, str], quality: Quality | None = None) 
 
 
 def without_duplicates(records: Sequence[EpisodeRecord], config: DuplicateConfig) -> list[EpisodeRecord]:
-    """The records, with what is alike moved from accepted to rejected. Of two alike, the one with actions stays."""
+    """The records, their exact and near copies rejected. Of two alike, the one with actions stays.
+
+    What only means the same is for `without_semantic_duplicates`, among what this leaves.
+    """
     if config.exact:
         quality = {_name(record): float(record.has_actions) for record in records}
         hashes = {_name(one): one.video_sha256 or one.content_sha256 or "" for one in records if one.clips}
         copies = exact_duplicates(hashes, quality)
-        records = [_reject(one, {clip.key: copies.get(_name(one)) for clip in one.clips}) for one in records]
+        of_clips = {clip.key: copies[_name(one)] for one in records if _name(one) in copies for clip in one.clips}
+        records = [_reject(one, "duplicate", of_clips) for one in records]
     if config.near is not None:
-        quality = {clip.key: float(record.has_actions) for record in records for clip in record.clips}
         phashes = {clip.key: clip.phash for record in records for clip in record.clips}
-        close = near_duplicates(phashes, config.near, quality)
-        records = [_reject(one, {clip.key: close.get(clip.key) for clip in one.clips}) for one in records]
+        close = near_duplicates(phashes, config.near, _clip_quality(records))
+        records = [_reject(one, "near_duplicate", close) for one in records]
     return list(records)
+
+
+def without_semantic_duplicates(
+    records: Sequence[EpisodeRecord], embeddings: Mapping[str, Float32[np.ndarray, "d"]], min_cosine: float
+) -> list[EpisodeRecord]:
+    """The same for clips that mean the same; `embeddings` of all their clips, and perhaps of others, by key."""
+    quality = _clip_quality(records)
+    if not quality:
+        return list(records)
+    vectors = np.stack([embeddings[key] for key in quality])
+    alike = semantic_duplicates(list(quality), vectors, min_cosine, quality)
+    details = {
+        key: f"{other} (cosine {float(embeddings[key] @ embeddings[other]):.3f}, min_cosine {min_cosine:g})"
+        for key, other in alike.items()
+    }
+    return [_reject(one, "semantic_duplicate", details) for one in records]
+
+
+def _clip_quality(records: Iterable[EpisodeRecord]) -> dict[str, float]:
+    return {clip.key: float(record.has_actions) for record in records for clip in record.clips}
 
 
 def _name(record: EpisodeRecord) -> str:
     return f"{record.source}/{record.episode}"
 
 
-def _reject(record: EpisodeRecord, duplicate_of: Mapping[str, str | None]) -> EpisodeRecord:
+def _reject(record: EpisodeRecord, reason: str, duplicate_of: Mapping[str, str]) -> EpisodeRecord:
     rejected = tuple(
         Rejection(
             where=f"{_name(record)}: clip {clip.clip_index}",
-            reason="duplicate",
+            reason=reason,
             detail=f"duplicate_of {duplicate_of[clip.key]}",
             clip_index=clip.clip_index,
         )
         for clip in record.clips
-        if duplicate_of[clip.key] is not None
+        if clip.key in duplicate_of
     )
-    kept = tuple(clip for clip in record.clips if duplicate_of[clip.key] is None)
+    kept = tuple(clip for clip in record.clips if clip.key not in duplicate_of)
     return record.model_copy(update={"clips": kept, "rejected": (*record.rejected, *rejected)})
 
 
@@ -218,15 +266,16 @@ def semantic_duplicates(
 def _too_similar(keys: Sequence[str], vectors: Float32[np.ndarray, "n d"], min_cosine: float) -> dict[str, str]:
     """Of keys in the order of preference: those too similar to an earlier one that is kept, the most similar."""
     kept_keys: list[str] = []
-    kept_vectors = np.empty_like(vectors)
+    kept_vectors = torch.empty(vectors.shape)
     rejected: dict[str, str] = {}
-    for key, vector in zip(keys, vectors, strict=True):
-        cosines = kept_vectors[: len(kept_keys)] @ vector
-        if len(cosines) and cosines.max() > min_cosine:
-            rejected[key] = kept_keys[int(cosines.argmax())]
-        else:
-            kept_vectors[len(kept_keys)] = vector
-            kept_keys.append(key)
+    with one_thread():
+        for key, vector in zip(keys, torch.from_numpy(vectors), strict=True):
+            cosines = kept_vectors[: len(kept_keys)] @ vector
+            if len(cosines) and float(cosines.max()) > min_cosine:
+                rejected[key] = kept_keys[int(cosines.argmax())]
+            else:
+                kept_vectors[len(kept_keys)] = vector
+                kept_keys.append(key)
     return rejected
 
 
@@ -234,12 +283,7 @@ def _clusters(vectors: Float32[np.ndarray, "n d"], cluster_size: int) -> Int64[n
     num_clusters = len(vectors) // cluster_size
     if num_clusters < 2:
         return np.zeros(len(vectors), dtype=np.int64)
-    try:
-        import faiss
-    except ImportError as error:
-        raise UserError(
-            "Comparing many embeddings needs faiss: pip install 'foresight-wam[similarity]', or leave `semantic` null."
-        ) from error
+    faiss = import_faiss()
     num_threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)  # sums on another number of threads are taken in another order
     try:
@@ -248,6 +292,19 @@ def _clusters(vectors: Float32[np.ndarray, "n d"], cluster_size: int) -> Int64[n
         return kmeans.index.search(vectors, 1)[1][:, 0]
     finally:
         faiss.omp_set_num_threads(num_threads)
+
+
+def import_faiss() -> Any:
+    """UserError where it is not installed."""
+    logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # each build of it that this processor cannot run
+    try:
+        import faiss
+    except ImportError as error:
+        raise UserError(
+            "Comparing embeddings needs faiss: pip install 'foresight-wam[similarity]', or leave duplicates.semantic "
+            "null."
+        ) from error
+    return faiss
 
 
 def _best_first(keys: Iterable[str], quality: Quality | None) -> list[str]:

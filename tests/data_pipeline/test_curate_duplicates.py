@@ -15,6 +15,7 @@ from data_pipeline.curate.duplicates import (
     near_duplicates,
     semantic_duplicates,
     without_duplicates,
+    without_semantic_duplicates,
 )
 from data_pipeline.staging import EpisodeRecord, StagedClip
 
@@ -184,4 +185,29 @@ def test_near_copies_go_only_where_that_is_asked_for():
     clips = [record("a", "1", phashes=("0" * 64, "f" * 64)), record("b", "1", video="b", phashes=(near,))]
     assert without_duplicates(clips, DuplicateConfig()) == clips
     kept = without_duplicates(clips, DuplicateConfig(near=0.02))
-    assert [len(one.clips) for one in kept] == [2, 0] and kept[1].rejected[0].detail == "duplicate_of a10"
+    assert [len(one.clips) for one in kept] == [2, 0]
+    (rejection,) = kept[1].rejected
+    assert (rejection.reason, rejection.detail) == ("near_duplicate", "duplicate_of a10")
+
+
+def test_what_means_the_same_goes_last():
+    """Three clips of one meaning: an exact copy is named so, and of the others the one with actions stays."""
+    clips = [
+        record("a", "1"),
+        record("b", "1"),
+        record("c", "1", video="c", has_actions=True),
+        record("d", "1", video="d"),
+    ]
+    meaning, other = np.eye(4, dtype=np.float32)[:2]
+    embeddings = {"a10": meaning, "b10": meaning, "c10": meaning, "d10": other}
+    left = without_duplicates(clips, DuplicateConfig())
+    kept = without_semantic_duplicates(left, embeddings, 0.97)
+    assert [len(one.clips) for one in kept] == [0, 0, 1, 1]
+    found = [(rejection.reason, rejection.detail) for one in kept for rejection in one.rejected]
+    assert found == [
+        ("semantic_duplicate", "duplicate_of c10 (cosine 1.000, min_cosine 0.97)"),
+        ("duplicate", "duplicate_of a/1"),
+    ]
+    assert all(one.found == len(one.clips) + len(one.rejected) for one in kept)
+    nothing = [one.model_copy(update={"clips": ()}) for one in clips]
+    assert without_semantic_duplicates(nothing, {}, 0.97) == nothing

@@ -30,6 +30,7 @@ def test_the_yaml_loads():
     several, curation, robot = (yaml.safe_load(text) for text in snippets("yaml"))
     config = BuildConfig.model_validate(several | curation)
     assert set(config.sources) == {"robot", "bridge", "people"} and config.duplicates.near == 0.03
+    assert config.duplicates.semantic is not None and config.duplicates.semantic.min_cosine == 0.97
     assert Embodiment.model_validate(robot["sources"]["arm"]["embodiment"]).action_dim == 7
 
 
