@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -75,18 +75,18 @@ class CaptionServer:
                     request = Request(len(outer.requests), dict(self.headers), body, self.path)
                     outer.requests.append(request)
                 try:
-                    self._reply(outer.behave(request))
-                except (BrokenPipeError, ConnectionResetError):
-                    pass  # the other side has given up waiting
+                    reply = outer.behave(request)
+                    time.sleep(reply.pause_s)
                 finally:
-                    outer.uncount()
+                    outer.uncount()  # before the answer, after which the next request may come at once
+                with suppress(BrokenPipeError, ConnectionResetError):  # the other side may have given up waiting
+                    self._reply(reply)
 
             def do_GET(self) -> None:  # what a client that follows a redirect would send
                 outer.requests.append(Request(len(outer.requests), dict(self.headers), {}, self.path))
                 self._reply(Reply())
 
             def _reply(self, reply: Reply) -> None:
-                time.sleep(reply.pause_s)
                 if reply.hangs_up:
                     self.connection.close()
                     return
