@@ -24,7 +24,7 @@ from configs.loader import UserError, dump_config, run_command
 from . import preview, ray_job
 from .build_config import HOW_IT_IS_RUN, BuildConfig, parse_partition
 from .curate.captions import CaptionEpisode, plan_captions, read_caption_records, summarise_captions
-from .curate.duplicates import find_leaks, without_duplicates, without_semantic_duplicates
+from .curate.duplicates import compared_records, find_leaks, without_duplicates, without_semantic_duplicates
 from .curate.embeddings import EmbedEpisode, plan_embeddings, read_embeddings
 from .curate.episode import CurateEpisode, CuratePlan
 from .dataset import (
@@ -125,7 +125,7 @@ class Build:
         with self.staging.locked(f"partition-{index}-of-{num_parts}"):
             self.curate(rows)
             records = self._records(rows)
-            self.embed(records)
+            self.embed(compared_records(records, self.config.duplicates))
             self.caption(records)
             codec = open_frozen_codec(self.config.codec)
             if codec is not None:  # one that is fitted to all clips cannot encode any yet
@@ -235,13 +235,12 @@ class Build:
 
     def _without_duplicates(self, staged: Sequence[EpisodeRecord]) -> list[EpisodeRecord]:
         """The dearest comparison last, of what the others have left."""
-        semantic = self.config.duplicates.semantic
         records = without_duplicates(staged, self.config.duplicates)
-        if semantic is None or self.embed_plan is None:
+        if self.embed_plan is None:
             return records
-        left = _whole(staged, records)
+        left = compared_records(_whole(staged, records), self.config.duplicates)
         self.embed(left)
-        return without_semantic_duplicates(records, read_embeddings(self.embed_plan, left), semantic.min_cosine)
+        return without_semantic_duplicates(records, read_embeddings(self.embed_plan, left), self.config.duplicates)
 
     def _check_share(self, found: int, rejected: int) -> None:
         if rejected > self.config.max_rejected_fraction * found:

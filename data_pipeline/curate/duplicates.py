@@ -4,8 +4,8 @@ Every function takes what is to be compared by key and returns what to drop: rej
 duplicate of. Of several alike the one of the highest quality stays, then the one with the smallest key. So the result
 depends on nothing else: not on the order of the input, nor on how many workers made it.
 
-A robot's episodes look alike: of a fixed camera's, clips of different episodes are often as close as copies. Compare
-those exactly only.
+A robot's episodes look alike: of a fixed camera's, clips of different episodes are often as close as copies. So those
+are compared exactly only, unless one asks for more.
 """
 
 import logging
@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -55,13 +55,16 @@ class DuplicateConfig(StrictConfig):
         None,
         ge=0,
         le=0.25,
-        description="reject clips whose perceptual hashes differ in no larger share of bits; try 0.03 for web video, "
-        "leave null for robots, whose episodes look alike; null: keep them",
+        description="reject clips whose perceptual hashes differ in no larger share of bits; try 0.03; null: keep them",
     )
     semantic: SemanticConfig | None = Field(
         None,
-        description="reject clips that mean the same, by a CLIP on this machine (extra `similarity`); for web video, "
-        "leave null for robots; null: keep them",
+        description="reject clips that mean the same, by a CLIP on this machine (extra `similarity`); null: keep them",
+    )
+    compare: Literal["without_actions", "all"] = Field(
+        "without_actions",
+        description="which clips `near` and `semantic` compare; a robot's episodes look alike and are left alone, "
+        "unless you say all",
     )
     leak: float = Field(
         0.0,
@@ -98,19 +101,26 @@ def without_duplicates(records: Sequence[EpisodeRecord], config: DuplicateConfig
         of_clips = {clip.key: copies[_name(one)] for one in records if _name(one) in copies for clip in one.clips}
         records = [_reject(one, "duplicate", of_clips) for one in records]
     if config.near is not None:
-        phashes = {clip.key: clip.phash for record in records for clip in record.clips}
-        close = near_duplicates(phashes, config.near, _clip_quality(records))
+        compared = compared_records(records, config)
+        phashes = {clip.key: clip.phash for record in compared for clip in record.clips}
+        close = near_duplicates(phashes, config.near, _clip_quality(compared))
         records = [_reject(one, "near_duplicate", close) for one in records]
     return list(records)
 
 
+def compared_records(records: Iterable[EpisodeRecord], config: DuplicateConfig) -> list[EpisodeRecord]:
+    """Those whose clips may be near or semantic duplicates."""
+    return [one for one in records if config.compare == "all" or not one.has_actions]
+
+
 def without_semantic_duplicates(
-    records: Sequence[EpisodeRecord], embeddings: Mapping[str, Float32[np.ndarray, "d"]], min_cosine: float
+    records: Sequence[EpisodeRecord], embeddings: Mapping[str, Float32[np.ndarray, "d"]], config: DuplicateConfig
 ) -> list[EpisodeRecord]:
-    """The same for clips that mean the same; `embeddings` of all their clips, and perhaps of others, by key."""
-    quality = _clip_quality(records)
-    if not quality:
+    """The same for clips that mean the same; `embeddings` by key, of all clips that are compared and perhaps others."""
+    quality = _clip_quality(compared_records(records, config))
+    if not quality or config.semantic is None:
         return list(records)
+    min_cosine = config.semantic.min_cosine
     vectors = np.stack([embeddings[key] for key in quality])
     alike = semantic_duplicates(list(quality), vectors, min_cosine, quality)
     details = {

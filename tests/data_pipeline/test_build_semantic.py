@@ -52,7 +52,8 @@ def recordings(tmp_path_factory):
 
 
 def semantic_config(recordings, clip_folder, out, semantic=(), **changes):
-    duplicates = {"semantic": {"clip": clip_folder, "min_cosine": MIN_COSINE, **dict(semantic)}}
+    settings = {"clip": clip_folder, "min_cosine": MIN_COSINE, **dict(semantic)}
+    duplicates = {"semantic": settings, "compare": "all"}
     return config_of(
         recordings, out, **{"duplicates": duplicates, "validation_share": 0.0, "num_workers": 1, **changes}
     )

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from data_pipeline.curate.duplicates import (
     DuplicateConfig,
     Leak,
+    SemanticConfig,
     exact_duplicates,
     find_leaks,
     near_duplicates,
@@ -200,8 +201,9 @@ def test_what_means_the_same_goes_last():
     ]
     meaning, other = np.eye(4, dtype=np.float32)[:2]
     embeddings = {"a10": meaning, "b10": meaning, "c10": meaning, "d10": other}
-    left = without_duplicates(clips, DuplicateConfig())
-    kept = without_semantic_duplicates(left, embeddings, 0.97)
+    config = DuplicateConfig(semantic=SemanticConfig(clip="clip"), compare="all")
+    left = without_duplicates(clips, config)
+    kept = without_semantic_duplicates(left, embeddings, config)
     assert [len(one.clips) for one in kept] == [0, 0, 1, 1]
     found = [(rejection.reason, rejection.detail) for one in kept for rejection in one.rejected]
     assert found == [
@@ -210,4 +212,18 @@ def test_what_means_the_same_goes_last():
     ]
     assert all(one.found == len(one.clips) + len(one.rejected) for one in kept)
     nothing = [one.model_copy(update={"clips": ()}) for one in clips]
-    assert without_semantic_duplicates(nothing, {}, 0.97) == nothing
+    assert without_semantic_duplicates(nothing, {}, config) == nothing
+
+
+def test_robots_are_compared_exactly_only_unless_one_asks_for_more():
+    """Their episodes look alike, and each is worth learning from."""
+    near, meaning = "0" * 63 + "1", np.ones(4, dtype=np.float32) / 2
+    clips = [
+        record("a", "1", video="a", has_actions=True),
+        record("b", "1", video="b", has_actions=True, phashes=[near]),
+    ]
+    embeddings = {"a10": meaning, "b10": meaning}
+    for compare, num_left in (("without_actions", [1, 1]), ("all", [1, 0])):
+        config = DuplicateConfig(near=0.02, semantic=SemanticConfig(clip="clip"), compare=compare)
+        assert [len(one.clips) for one in without_duplicates(clips, config)] == num_left
+        assert [len(one.clips) for one in without_semantic_duplicates(clips, embeddings, config)] == num_left
