@@ -203,9 +203,9 @@ def read_info(dataset: Path) -> DatasetInfo:
 
 
 def read_table(path: Path, schema: pa.Schema) -> pa.Table:
-    """The manifest or the rejected clips."""
+    """The manifest or the rejected clips; of the columns, those of the schema."""
     try:
-        return pq.read_table(path, memory_map=True).cast(schema)
+        return pq.read_table(path, columns=schema.names, memory_map=True).cast(schema)
     except (OSError, pa.ArrowException, ValueError) as error:
         raise UserError(
             f"{path}: is missing or damaged ({str(error).splitlines()[0]}); build the dataset again."

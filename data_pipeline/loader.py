@@ -1,31 +1,39 @@
 """Shards -> batches.
 
-Which samples form global batch k is a pure function of (number of samples, global batch size, seed, k): the number of
-ranks, of workers and of prefetched batches never enters it. So a run resumes at any step by asking for that step, on
-any number of ranks that divides the batch, and epochs are exact: each sample comes once before any comes twice.
+Which samples form global batch k is settled on paper (`sample_order`): the number of ranks, of workers and of batches
+read ahead never enters it. After every batch the loader's cursor says where it stands; a run that stored it goes on
+from there, on any number of ranks that divides the batch. A sample that cannot be used is replaced within its own
+rank's part of the batch, so that nobody else notices.
 """
 
-import hashlib
+import logging
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
-from pydantic import Field, PositiveInt
-from torch.utils.data import DataLoader, Dataset, Sampler
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator
+from torch.utils.data import DataLoader, Dataset
 
 from configs.loader import StrictConfig, UserError
+from configs.problems import suggest
 
 from .align import spans_mask
-from .dataset import MANIFEST, MANIFEST_SCHEMA, DatasetFolder, Split, read_table
+from .dataset import Split
+from .dataset_index import BadSampleError, DatasetIndex
 from .normalize import NormalizationMode
 from .sample import SampleMeta, read_array, read_tensor
-from .shards import ShardError, ShardReader, read_records
+from .sample_order import Cursor, SampleOrder, ShuffleConfig, Stream, weight_at
+from .shards import ShardError
 from .video_io import VideoError, decode_clip
+
+logger = logging.getLogger(__name__)
+
+MIN_READ_TO_STOP = 1000
+"""Samples read before the share of bad ones says anything about those still to come."""
 
 Batch = dict[str, Any]
 """Tensors of one rank's part of a global batch (dims: b batch, t latent frames, k actions, l text tokens, …):
@@ -49,6 +57,32 @@ class InputConfig(StrictConfig):
     text_length: PositiveInt = Field(32, description="Text tokens per sample: padded with zeros or cut to so many.")
 
 
+Weight = NonNegativeFloat | Annotated[dict[NonNegativeInt, NonNegativeFloat], Field(min_length=1)]
+
+
+class MixtureConfig(StrictConfig):
+    """What is drawn how often. What no name stands for is left out."""
+
+    by: Literal["source", "embodiment"] = Field(
+        "source", description="What the names name; the embodiment of clips without actions is `none`."
+    )
+    weights: dict[str, Weight] = Field(
+        min_length=1,
+        description="Name -> share of the samples, as a number or as {step: number, …} with straight lines between. "
+        "A name with wildcards, such as bridge_*, is one group; of several that fit the first one counts.",
+    )
+
+    @field_validator("weights")
+    @classmethod
+    def _something_is_drawn(cls, weights: dict[str, Weight]) -> dict[str, Weight]:
+        # Between two steps weights are mixed: they can be zero together only at a step that is named.
+        steps = {step for weight in weights.values() if isinstance(weight, dict) for step in weight}
+        for step in sorted(steps) or [0]:
+            if not any(weight_at(weight, step) for weight in weights.values()):
+                raise ValueError(f"at step {step} every weight is zero")
+        return weights
+
+
 class LoaderConfig(InputConfig):
     """How a dataset is read in training."""
 
@@ -56,170 +90,150 @@ class LoaderConfig(InputConfig):
     split: Split = "train"
     global_batch_size: PositiveInt = Field(64, description="Samples per step over all ranks.")
     seed: int = Field(0, ge=0, description="Of the sample order.")
+    shuffle: ShuffleConfig = ShuffleConfig()
+    mixture: MixtureConfig | None = Field(None, description="null: every sample as often as every other.")
     only_with_actions: bool = Field(False, description="Leave out action-free clips.")
     load_video: bool = Field(False, description="Also decode the pixels.")
     num_workers: int = Field(0, ge=0, description="Reading processes per rank; 0: read in the training process.")
     prefetch_factor: PositiveInt = Field(2, description="Batches that each worker reads ahead.")
     check_sha256: bool = Field(False, description="Compare each sample read with the manifest's checksum.")
+    max_bad_fraction: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the samples read (at least 1000) that may be unusable: each is told, counted, and "
+        "replaced by another of its batch; more stop the run. 0: the first one does.",
+    )
 
     @property
     def inputs(self) -> InputConfig:
         return InputConfig(**{name: getattr(self, name) for name in InputConfig.model_fields})
 
 
-# --- sample order -------------------------------------------------------------------------------------------------
-
-
-def global_batch_indices(num_samples: int, global_batch_size: int, seed: int, step: int) -> np.ndarray:
-    """The samples of global batch `step`: int64 [global_batch_size].
-
-    Epoch after epoch, each a permutation of its own, forms one endless sequence, and batch k is its k-th piece: a batch
-    may end one epoch and begin the next, and nothing is dropped.
-    """
-    if num_samples < 1:
-        raise ValueError("there are no samples to draw from")
-    positions = np.arange(step * global_batch_size, (step + 1) * global_batch_size)
-    epochs, within = positions // num_samples, positions % num_samples
-    parts = [_permutation(num_samples, seed, int(epoch))[within[epochs == epoch]] for epoch in np.unique(epochs)]
-    return np.concatenate(parts)
-
-
-@lru_cache(maxsize=4)
-def _permutation(num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    # Raw bits of a bit generator are the same in every numpy version; `Generator.permutation` is not promised to be.
-    bits = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(num_samples)
-    return np.argsort(bits, kind="stable")
-
-
-# --- random access ------------------------------------------------------------------------------------------------
-
-
-class DatasetIndex(DatasetFolder):
-    """A dataset opened for reading: what it holds, and any sample of it by position in the manifest."""
-
-    def __init__(self, dataset: Path) -> None:
-        super().__init__(dataset)
-        self.manifest = read_table(self.path / MANIFEST, MANIFEST_SCHEMA).unify_dictionaries().combine_chunks()
-        # Plain arrays: a million Python rows would take a gigabyte, and a lookup in Arrow a microsecond too many.
-        self._shard_of = self.manifest["shard"].combine_chunks().indices.to_numpy()
-        self._shards: list[str] = self.manifest["shard"].combine_chunks().dictionary.to_pylist()
-        self._offsets = self.manifest["offset"].to_numpy()
-        self._num_bytes = self.manifest["bytes"].to_numpy()
-        self._reader = ShardReader(self.path)
-
-    def __len__(self) -> int:
-        return len(self._offsets)
-
-    def indices(self, split: Split | None = None, *, only_with_actions: bool = False) -> np.ndarray:
-        """Positions in the manifest, in its order."""
-        mask = np.ones(len(self), dtype=bool)
-        if split is not None:
-            mask &= pc.equal(self.manifest["split"].cast(pa.string()), split).to_numpy()
-        if only_with_actions:
-            mask &= self.manifest["has_actions"].to_numpy()
-        return np.flatnonzero(mask)
-
-    def key(self, i: int) -> str:
-        return self.manifest["key"][int(i)].as_py()
-
-    def row(self, i: int) -> dict[str, Any]:
-        return self.manifest.slice(int(i), 1).to_pylist()[0]
-
-    def read_sample(self, i: int, *, check_sha256: bool = False) -> dict[str, Any]:
-        """The members of sample i: `__key__`, and bytes by suffix (see `sample.py`)."""
-        shard = self._shards[self._shard_of[i]]
-        try:
-            records = self._reader.read(shard, int(self._offsets[i]), int(self._num_bytes[i]))
-            if check_sha256:
-                self._check_sha256(i, records)
-            members = read_records(records)
-            if members["__key__"] != self.key(i):
-                raise ShardError(f"holds sample {members['__key__']} in its place")
-        except ShardError as error:
-            raise self.damaged(i, str(error)) from error
-        return members
-
-    def _check_sha256(self, i: int, records: bytes) -> None:
-        if hashlib.sha256(records).hexdigest() != self.manifest["sha256"][int(i)].as_py():
-            raise ShardError("holds other bytes than its checksum promises")
-
-    def damaged(self, i: int, what: str) -> UserError:
-        """The one sentence for a sample that cannot be used."""
-        shard = self._shards[self._shard_of[i]]
-        return UserError(
-            f"{self.path / shard}: sample {self.key(i)}: the shard {what}; list everything that is damaged with "
-            f"`python -m data_pipeline.verify {self.path}`, then restore the shard or build the dataset again."
-        )
-
-
 # --- batches ------------------------------------------------------------------------------------------------------
 
 
 class Loader:
-    """Endless batches from `start_step` on; rank r of n gets the r-th of n equal parts of each global batch."""
+    """Endless batches from the cursor on; rank r of n gets the r-th of n equal parts of each global batch."""
 
     def __init__(
-        self, index: DatasetIndex, config: LoaderConfig, rank: int = 0, world_size: int = 1, start_step: int = 0
+        self,
+        index: DatasetIndex,
+        config: LoaderConfig,
+        rank: int = 0,
+        world_size: int = 1,
+        cursor: Cursor | None = None,
     ) -> None:
         if config.global_batch_size % world_size:
             raise UserError(
                 f"global_batch_size={config.global_batch_size} cannot be shared equally by {world_size} ranks; "
                 f"choose a multiple of {world_size}."
             )
-        indices = index.indices(config.split, only_with_actions=config.only_with_actions)
-        if not len(indices):
-            kind = "action-labelled samples" if config.only_with_actions else "samples"
-            raise UserError(f"{index.path}: split {config.split} holds no {kind}; use another split or dataset.")
-        _check_one_bucket(index, indices)
-        self.index, self.config = index, config
-        self.num_samples = len(indices)
-        self.clips = ClipDataset(index, indices, config)
-        self.batches = BatchSampler(
-            self.num_samples, config.global_batch_size, config.seed, rank, world_size, start_step
-        )
+        self.index, self.config, self.rank, self.world_size = index, config, rank, world_size
+        groups = _groups(index, config)
+        bucket = _only_bucket(index, np.concatenate(list(groups.values())))
+        self._positions = [index.by_place(positions) for positions in groups.values()]
+        streams = [
+            Stream(f"{name}/{bucket}", name, bucket, index.shard_sizes(positions))
+            for name, positions in zip(groups, self._positions, strict=True)
+        ]
+        weights = config.mixture.weights if config.mixture else dict.fromkeys(groups, 1.0)
+        self.order = SampleOrder(streams, weights, {bucket: config.global_batch_size}, config.seed, config.shuffle)
+        self.cursor = cursor or Cursor()
+        self.num_read = 0
+        self.bad_samples: Counter[str] = Counter()  # reason -> number, on this rank since the start
+        self.clips = ClipDataset(index, config)
 
-    @property
-    def steps_per_epoch(self) -> float:
-        return self.num_samples / self.config.global_batch_size
+    def epochs(self) -> dict[str, float]:
+        """How often each source of the mixture has been gone through."""
+        return self.order.epochs(self.cursor)
 
     def __iter__(self) -> Iterator[Batch]:
+        """After each batch, `cursor` stands behind it, however far workers have read ahead."""
+        ahead: deque[Cursor] = deque()
         workers = self.config.num_workers
         batches = DataLoader(
             self.clips,
-            batch_sampler=self.batches,
-            collate_fn=collate,
+            batch_sampler=_Parts(self, ahead),  # type: ignore[arg-type]  # any iterable of lists will do
+            collate_fn=_collate_part,  # type: ignore[arg-type]  # so will what `__getitems__` gives
             num_workers=workers,
             prefetch_factor=self.config.prefetch_factor if workers else None,
         )
-        for batch in batches:
-            if isinstance(batch, UserError):
-                raise batch
+        for part in batches:
+            if isinstance(part, UserError):
+                raise part
+            batch, bad = part
+            self.num_read += len(batch["keys"])
+            self._count(bad)
+            self.cursor = ahead.popleft()
             yield batch
 
+    def _count(self, bad: "list[_Bad]") -> None:
+        for reason, sentence in bad:
+            self.bad_samples[reason] += 1
+            logger.warning("%s", sentence)
+        allowed = self.config.max_bad_fraction
+        num_bad = self.bad_samples.total()
+        if bad and num_bad > allowed * max(self.num_read, MIN_READ_TO_STOP):
+            raise UserError(
+                f"{num_bad} of the {self.num_read} samples read cannot be used, more than "
+                f"loader.max_bad_fraction={allowed:g} allows. {bad[-1][1]}"
+                if allowed
+                else bad[0][1]
+            )
 
-class BatchSampler(Sampler[list[int]]):
-    """This rank's part of global batch `start_step`, `start_step + 1`, …"""
 
-    def __init__(
-        self, num_samples: int, global_batch_size: int, seed: int, rank: int, world_size: int, start_step: int
-    ) -> None:
-        self.num_samples, self.global_batch_size, self.seed = num_samples, global_batch_size, seed
-        self.start_step = start_step
-        share = global_batch_size // world_size
-        self.slice = slice(rank * share, (rank + 1) * share)
+def _groups(index: DatasetIndex, config: LoaderConfig) -> dict[str, np.ndarray]:
+    """What the mixture weighs: name -> its samples."""
+    indices = index.indices(config.split, only_with_actions=config.only_with_actions)
+    if not len(indices):
+        kind = "action-labelled samples" if config.only_with_actions else "samples"
+        raise UserError(f"{index.path}: split {config.split} holds no {kind}; use another split or dataset.")
+    if config.mixture is None:
+        return {"all": indices}
+    names, name_of = index.column(config.mixture.by)
+    patterns = list(config.mixture.weights)
+    group_of = [
+        next((i for i, pattern in enumerate(patterns) if fnmatchcase(name or "none", pattern)), -1) for name in names
+    ]
+    group_of_sample = np.asarray(group_of)[name_of[indices]]
+    groups = {pattern: indices[group_of_sample == i] for i, pattern in enumerate(patterns)}
+    for pattern, members in groups.items():
+        if not len(members):
+            known = [name or "none" for i, name in enumerate(names) if np.any(name_of[indices] == i)]
+            raise UserError(
+                f"loader.mixture.weights: no {config.mixture.by} of split {config.split} in {index.path} is called "
+                f"{pattern!r}{suggest(pattern, known)}; there are: {', '.join(known)}."
+            )
+    return groups
+
+
+class _Parts:
+    """The positions in the manifest of this rank's part of each batch; cursors are noted as they are passed."""
+
+    def __init__(self, loader: Loader, ahead: deque[Cursor]) -> None:
+        self._loader, self._ahead = loader, ahead
 
     def __iter__(self) -> Iterator[list[int]]:
-        step = self.start_step
+        loader, cursor = self._loader, self._loader.cursor
         while True:
-            yield global_batch_indices(self.num_samples, self.global_batch_size, self.seed, step)[self.slice].tolist()
-            step += 1
+            batch, cursor = loader.order.draw(cursor)
+            self._ahead.append(cursor)
+            part = batch.part(loader.rank, loader.world_size)
+            yield [
+                int(loader._positions[stream][sample]) for stream, sample in zip(part.stream, part.sample, strict=True)
+            ]
+
+
+_Bad = tuple[str, str]
+"""Reason and sentence of a sample that cannot be used."""
 
 
 class ClipDataset(Dataset[Batch]):
-    """Map-style access to the chosen samples, as tensors."""
+    """Samples as tensors, by position in the manifest."""
 
-    def __init__(self, index: DatasetIndex, indices: np.ndarray, config: LoaderConfig) -> None:
-        self.index, self.indices, self.config = index, indices, config
+    def __init__(self, index: DatasetIndex, config: LoaderConfig) -> None:
+        self.index, self.config = index, config
         self.view = index.check_view(config.view)
         mode = config.normalization
         self.normalizers = {
@@ -228,22 +242,34 @@ class ClipDataset(Dataset[Batch]):
         }
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.index)
 
-    def __getitems__(self, positions: Sequence[int]) -> list[Batch] | UserError:
-        # An error is handed over as a value: raised in a worker process, torch would bury its sentence in a traceback.
-        try:
-            return [self[position] for position in positions]
-        except UserError as error:
-            return error
+    def __getitems__(self, positions: Sequence[int]) -> "tuple[list[Batch], list[_Bad]] | UserError":
+        """A part of a batch, in which the next good sample stands in for a bad one.
+
+        Errors are handed over as values: raised in a worker process, torch would bury their sentence in a traceback.
+        """
+        clips: list[Batch | None] = []
+        bad: list[_Bad] = []
+        for position in positions:
+            try:
+                clips.append(self[position])
+            except BadSampleError as error:
+                clips.append(None)
+                bad.append((error.reason, str(error)))
+        good = [i for i, clip in enumerate(clips) if clip is not None]
+        if not good:
+            return UserError(f"None of the {len(clips)} samples of a batch's part can be used. {bad[0][1]}")
+        stand_ins = [clips[next((i for i in good if i >= place), good[0])] for place in range(len(clips))]
+        return [clip for clip in stand_ins if clip is not None], bad
 
     def __getitem__(self, position: int) -> Batch:
-        i = int(self.indices[position])
-        members = self.index.read_sample(i, check_sha256=self.config.check_sha256)
+        members = self.index.read_sample(position, check_sha256=self.config.check_sha256)
         try:
             return self._tensors(members)
         except (KeyError, ValueError, RuntimeError, VideoError) as error:
-            raise self.index.damaged(i, f"holds a member that cannot be read ({error})") from error
+            problem = ShardError(f"holds a member that cannot be read ({error})", "damaged_member")
+            raise self.index.bad_sample(position, problem) from error
 
     def _tensors(self, members: dict[str, Any]) -> Batch:
         meta = SampleMeta.model_validate_json(members["meta.json"])
@@ -290,18 +316,22 @@ class ClipDataset(Dataset[Batch]):
         return actions, is_valid, proprio
 
 
-def collate(clips: list[Batch] | UserError) -> Batch | UserError:
-    if isinstance(clips, UserError):
-        return clips
+def collate(clips: list[Batch]) -> Batch:
     batch: Batch = {name: torch.stack([clip[name] for clip in clips]) for name in clips[0] if name != "keys"}
     batch["latents"] = batch["latents"].float()
     batch["keys"] = [clip["keys"] for clip in clips]
     return batch
 
 
-def _check_one_bucket(index: DatasetIndex, indices: np.ndarray) -> None:
-    buckets = pc.unique(index.manifest["bucket"].take(pa.array(indices)).cast(pa.string())).to_pylist()
+def _collate_part(part: "tuple[list[Batch], list[_Bad]] | UserError") -> "tuple[Batch, list[_Bad]] | UserError":
+    return part if isinstance(part, UserError) else (collate(part[0]), part[1])
+
+
+def _only_bucket(index: DatasetIndex, indices: np.ndarray) -> str:
+    names, bucket_of = index.column("bucket")
+    buckets = [str(names[i]) for i in np.unique(bucket_of[indices])]
     if len(buckets) > 1:
         raise UserError(
             f"{index.path}: holds several sizes of clips ({', '.join(buckets)}); build one dataset for each."
         )
+    return buckets[0]

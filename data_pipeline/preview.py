@@ -20,10 +20,10 @@ from pydantic import Field
 from configs.loader import StrictConfig, run_command
 
 from .dataset import REJECTED, REJECTED_SCHEMA, REPORT, SPLITS, read_table
-from .loader import DatasetIndex
+from .dataset_index import DatasetIndex
 from .one_thread import one_thread
 from .sample import Sample
-from .shards import write_atomic
+from .shards import ShardError, write_atomic
 from .video_io import VideoError, decode_clip
 
 CLIPS_PER_SOURCE = 4
@@ -206,7 +206,8 @@ def _clip(index: DatasetIndex, i: int) -> dict[str, Any]:
         sample = Sample.from_members(members)
         views = [{"name": view, "image": _strip(decode_clip(mp4))} for view, mp4 in sorted(sample.video.items())]
     except (KeyError, ValueError, VideoError) as error:
-        raise index.damaged(i, f"holds a member that cannot be read ({error})") from error
+        problem = ShardError(f"holds a member that cannot be read ({error})", "damaged_member")
+        raise index.bad_sample(i, problem) from error
     return {"key": sample.key, "meta": sample.meta, "split": index.row(i)["split"], "views": views}
 
 

@@ -21,8 +21,23 @@ BLOCK = 512
 END_OF_TAR = bytes(2 * BLOCK)
 
 
+SHARD_PROBLEMS = {
+    "missing_shard": "there is no such file",
+    "unreadable_shard": "the file system refuses it",
+    "truncated_shard": "it ends too early",
+    "wrong_checksum": "it holds other bytes than the manifest promises",
+    "damaged_records": "its bytes are not the tar records of the sample",
+    "damaged_member": "a member of the sample cannot be read",
+}
+
+
 class ShardError(Exception):
-    """A shard is not what it should be. The text says which shard, where and how, but not what to do about it."""
+    """A shard is not what it should be. The text says where and how, but not what to do about it."""
+
+    def __init__(self, what: str, reason: str = "damaged_records") -> None:
+        assert reason in SHARD_PROBLEMS
+        super().__init__(what)
+        self.reason = reason
 
 
 def tar_records(members: Mapping[str, Any]) -> bytes:
@@ -188,10 +203,11 @@ class ShardReader:
         try:
             data = os.pread(self._file(shard), num_bytes, offset)
         except OSError as error:
-            raise ShardError(f"cannot be read ({error.strerror})") from error
+            raise ShardError(f"cannot be read ({error.strerror})", "unreadable_shard") from error
         if len(data) < num_bytes:
             size = os.fstat(self._file(shard)).st_size
-            raise ShardError(f"ends at byte {size}, but this sample should reach to byte {offset + num_bytes}")
+            end = offset + num_bytes
+            raise ShardError(f"ends at byte {size}, but this sample should reach to byte {end}", "truncated_shard")
         return data
 
     def _file(self, shard: str) -> int:
@@ -201,7 +217,8 @@ class ShardReader:
         try:
             file = os.open(self.root / shard, os.O_RDONLY)
         except OSError as error:
-            raise ShardError(f"cannot be opened ({error.strerror})") from error
+            reason = "missing_shard" if isinstance(error, FileNotFoundError) else "unreadable_shard"
+            raise ShardError(f"cannot be opened ({error.strerror})", reason) from error
         self._files[shard] = file
         if len(self._files) > self.max_open:
             os.close(self._files.popitem(last=False)[1])

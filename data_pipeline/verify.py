@@ -16,7 +16,7 @@ from pydantic import Field
 from configs.loader import StrictConfig, UserError, run_command
 
 from .dataset import REJECTED, REJECTED_SCHEMA, REPORT, SHARDS, SPLITS, bucket_name, read_info, read_table
-from .loader import DatasetIndex
+from .dataset_index import DatasetIndex
 from .one_thread import one_thread
 from .pack import DatasetStatistics
 from .progress import track

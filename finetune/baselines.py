@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from configs.loader import StrictConfig, UserError, dump_config, load_config, run_command
 from data_pipeline.align import spans_mask
 from data_pipeline.dataset import DatasetFolder, Split
-from data_pipeline.loader import DatasetIndex
+from data_pipeline.dataset_index import DatasetIndex
 from data_pipeline.normalize import Normalizer, VectorStats
 from data_pipeline.sample import SampleMeta, read_array
 from data_pipeline.video_io import ViewConfig, decode_clip, prepare_view

@@ -20,7 +20,8 @@ from pydantic import Field
 from configs.loader import StrictConfig, UserError
 from data_pipeline.align import spans_mask
 from data_pipeline.dataset import DatasetFolder, Split
-from data_pipeline.loader import ClipDataset, DatasetIndex, LoaderConfig, collate
+from data_pipeline.dataset_index import DatasetIndex
+from data_pipeline.loader import ClipDataset, LoaderConfig, collate
 from data_pipeline.sample import SampleMeta, read_array
 from data_pipeline.video_io import decode_clip
 from pretrain.evaluate import check_same_codec, check_same_robot
@@ -178,11 +179,10 @@ def _predict_policy(
     policy = Policy.load(checkpoint, blind=is_blind)
     resolve(policy.config.world_model, index)
     loader = LoaderConfig(dataset=index.path, load_video=is_blind, **policy.config.inputs.model_dump())
-    dataset = ClipDataset(index, clips.positions, loader)
+    dataset = ClipDataset(index, loader)
     chunks = []
-    for start in range(0, len(dataset), batch_size):
-        batch = collate([dataset[n] for n in range(start, min(start + batch_size, len(dataset)))])
-        assert not isinstance(batch, UserError)  # such errors are values only where `__getitems__` meets one
+    for start in range(0, len(clips.positions), batch_size):
+        batch = collate([dataset[i] for i in clips.positions[start : start + batch_size].tolist()])
         chunks.append(policy.predict_chunk(batch))
     return np.concatenate(chunks)
 

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 
 from configs.loader import UserError, dump_config, run_command
-from data_pipeline.loader import DatasetIndex
+from data_pipeline.dataset_index import DatasetIndex
 from pretrain.evaluate import check_same_codec
 from pretrain.exported import load_world_model
 from pretrain.run import StopSignal, exclusive, log_on_main_rank_only

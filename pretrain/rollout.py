@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pydantic import Field
 
 from configs.loader import StrictConfig, run_command
-from data_pipeline.loader import DatasetIndex
+from data_pipeline.dataset_index import DatasetIndex
 from data_pipeline.video_io import encode_video
 
 from .evaluate import check_fits, imagine, validation_batches

@@ -1,14 +1,16 @@
 """What a training loop does in a step, besides the engine's part: shared by pretraining and fine-tuning."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from configs.loader import UserError
+from data_pipeline.sample_order import Cursor
+from data_pipeline.shards import SHARD_PROBLEMS
 
 from .ema import ExponentialMovingAverage
 from .engine import Engine, StepReport
@@ -23,7 +25,20 @@ class TrainState:
 
     step: int = 0
     skipped_steps: int = 0
-    samples_seen: int = 0  # the data cursor: it means the same on any number of ranks
+    cursor: dict[str, Any] = field(default_factory=dict)  # of the data; it means the same on any number of ranks
+
+
+class Batches(Protocol):
+    """What a loop reads: this rank's batches, and the cursor that stands behind the one given last."""
+
+    cursor: Cursor
+    bad_samples: Counter[str]  # reason -> samples of this rank that could not be used
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def epochs(self) -> dict[str, float]:
+        """How often each source has been gone through."""
+        ...
 
 
 def check_micro_batches(global_batch_size: int, engine: Engine) -> None:
@@ -67,9 +82,18 @@ def train_row(
         "lr": report.lr,
         "grad_norm": report.grad_norm,
         "skipped_steps": state.skipped_steps,
-        "samples_seen": state.samples_seen,
         **timer.read(),
         **peak_memory(),
+    }
+
+
+def data_row(engine: Engine, batches: Batches) -> dict[str, Any]:
+    """What was read so far: samples, epochs of each source, and what could not be used on any rank. Collective."""
+    bad = engine.mean_across_ranks({reason: float(batches.bad_samples[reason]) for reason in SHARD_PROBLEMS})
+    return {
+        "samples_seen": sum(batches.cursor.consumed.values()),
+        **{f"epoch/{source}": round(epoch, 4) for source, epoch in batches.epochs().items()},
+        **{f"bad_samples/{reason}": round(mean * engine.world_size) for reason, mean in bad.items() if mean},
     }
 
 

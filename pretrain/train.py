@@ -6,12 +6,12 @@
 Writes config.yaml, metrics.jsonl, checkpoints/ and, at the end, export/ (averaged weights with everything they need)
 into `run_dir`. Exit codes: 0 done; 75 stopped on SIGTERM or SIGUSR2 after saving, start it again to go on.
 
-A step is a pure function of the weights and (seed, step, rank), and the data order one of (seed, step): a run that was
-killed and started again takes the very steps that it would have taken.
+A step is a pure function of the weights and (seed, step, rank), and its samples one of the data cursor that the
+checkpoint holds: a run that was killed and started again takes the very steps that it would have taken.
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -22,7 +22,9 @@ from torch import nn
 
 from configs.loader import StrictConfig, UserError, dump_config, run_command
 from data_pipeline.dataset import CODEC, DATASET_YAML, NORM_STATS, TEXT_ENCODER, Split
-from data_pipeline.loader import DatasetIndex, Loader, LoaderConfig
+from data_pipeline.dataset_index import DatasetIndex
+from data_pipeline.loader import Loader, LoaderConfig
+from data_pipeline.sample_order import Cursor
 
 from .checkpoint import load_checkpoint, save_checkpoint, write_export
 from .ema import ExponentialMovingAverage
@@ -39,8 +41,7 @@ from .run import (
     seed_generator,
     write_config,
 )
-from .steps import TrainState, check_micro_batches, forward_backward, train_row, validation_row
-from .world_models.base import Batch
+from .steps import Batches, TrainState, check_micro_batches, data_row, forward_backward, train_row, validation_row
 from .world_models.observation_space import ObservationSpaceConfig, build_world_model
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,8 @@ class PretrainConfig(TrainConfig):
 # A resumed run may differ in these: they leave the losses as they are.
 MAY_CHANGE = frozenset(
     {"run_dir", "num_steps", "checkpoint_every", "keep_last", "validate_every", "validation_batches", "log_every"}
-    | {"loader.num_workers", "loader.prefetch_factor", "loader.check_sha256", "engine.timeout_s"}
+    | {"loader.num_workers", "loader.prefetch_factor", "loader.check_sha256", "loader.max_bad_fraction"}
+    | {"engine.timeout_s"}
 )
 
 
@@ -80,9 +82,9 @@ TrainConfigT = TypeVar("TrainConfigT", bound=TrainConfig)
 
 
 class OpenBatches(Protocol):
-    """Gives this rank's batches of a split, from a step on; none where the split is empty."""
+    """Gives this rank's batches of a split, from a cursor on; None where the split is empty."""
 
-    def __call__(self, split: Split, rank: int, world_size: int, start_step: int) -> Iterable[Batch]: ...
+    def __call__(self, split: Split, rank: int, world_size: int, cursor: Cursor) -> Batches | None: ...
 
 
 def main(config: PretrainConfig) -> int:
@@ -106,10 +108,10 @@ def resume_run(config: TrainConfigT) -> TrainConfigT:
 
 
 def dataset_batches(index: DatasetIndex, config: LoaderConfig) -> OpenBatches:
-    def open_batches(split: Split, rank: int, world_size: int, start_step: int) -> Iterable[Batch]:
+    def open_batches(split: Split, rank: int, world_size: int, cursor: Cursor) -> Batches | None:
         if not len(index.indices(split, only_with_actions=config.only_with_actions)):
-            return []
-        return Loader(index, config.model_copy(update={"split": split}), rank, world_size, start_step)
+            return None
+        return Loader(index, config.model_copy(update={"split": split}), rank, world_size, cursor)
 
     return open_batches
 
@@ -141,12 +143,15 @@ def train(
     metrics = MetricsLog(config.run_dir / "metrics.jsonl", state.step, engine.is_main)
     progress = Progress(config.num_steps, engine.is_main)
     timer = StepTimer(config.loader.global_batch_size)
-    batches = iter(open_batches("train", engine.rank, engine.world_size, state.step))
+    batches = open_batches("train", engine.rank, engine.world_size, Cursor.model_validate(state.cursor))
+    if batches is None:
+        raise UserError(f"{config.loader.dataset}: its train split holds nothing to train on.")
+    reading = iter(batches)
 
     while state.step < config.num_steps:
         step = state.step + 1
         with timer.waiting_for_data():
-            batch = next(batches)
+            batch = next(reading)
         generator = seed_generator(config.seed, step, engine.rank, engine.device)
         losses = forward_backward(engine, batch, generator)
         report = engine.step(learning_rate(config.optimizer, step, config.num_steps))
@@ -155,12 +160,12 @@ def train(
         else:
             state.skipped_steps += 1
             logger.warning("step %d skipped: its gradients are not finite (%d so far)", step, state.skipped_steps)
-        state.step, state.samples_seen = step, step * config.loader.global_batch_size
+        state.step, state.cursor = step, batches.cursor.model_dump()
         timer.count_step()
 
         # Rows of a step come before its checkpoint: a run resumed there has them.
         if step % config.log_every == 0:
-            row = train_row(engine, state, losses, report, timer)
+            row = train_row(engine, state, losses, report, timer) | data_row(engine, batches)
             metrics.write(row)
             progress.show(row)
         is_last = step == config.num_steps
@@ -187,7 +192,7 @@ def train(
 def validate(
     config: TrainConfig, engine: Engine, ema: ExponentialMovingAverage, open_batches: OpenBatches, step: int
 ) -> dict[str, Any] | None:
-    batches = open_batches("validation", engine.rank, engine.world_size, 0)
+    batches = open_batches("validation", engine.rank, engine.world_size, Cursor()) or ()
     return validation_row(engine, ema, batches, num_batches=config.validation_batches, seed=config.seed, step=step)
 
 

@@ -28,8 +28,8 @@ from ..models.video_dit import VIDEO_EXPERT, TwoLayers, VideoDiT, VideoDiTConfig
 from .base import Batch, LossTerms
 
 if TYPE_CHECKING:
+    from data_pipeline.dataset_index import DatasetIndex
     from data_pipeline.encoders.base import VideoCodec
-    from data_pipeline.loader import DatasetIndex
 
 MIN_RESIDUAL_STD = 1e-2
 

@@ -18,8 +18,9 @@ import webdataset
 from configs.loader import UserError, dump_config, load_config
 from data_pipeline import build, ray_job
 from data_pipeline.build import BuildConfig
+from data_pipeline.dataset_index import DatasetIndex
 from data_pipeline.encoders import VideoCodecConfig
-from data_pipeline.loader import DatasetIndex, Loader, LoaderConfig
+from data_pipeline.loader import Loader, LoaderConfig
 from data_pipeline.sample import Sample
 from data_pipeline.verify import verify
 from data_pipeline.video_io import decode_clip

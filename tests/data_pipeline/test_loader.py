@@ -1,15 +1,19 @@
 """Batches: the same samples for any number of ranks and workers, every sample once per epoch, errors that say where."""
 
 import json
+import shutil
+from collections import Counter
+from itertools import islice
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from configs.loader import UserError
-from data_pipeline.loader import DatasetIndex, Loader, LoaderConfig, global_batch_indices
+from data_pipeline.dataset_index import DatasetIndex
+from data_pipeline.loader import Loader, LoaderConfig
+from data_pipeline.sample_order import Cursor
 from tests.data_pipeline.tiny_dataset import tiny_dataset, tiny_sample
 
 
@@ -24,46 +28,82 @@ def index(dataset):
     return DatasetIndex(dataset)
 
 
-def loader(index, rank=0, world_size=1, start_step=0, **changes):
+def loader(index, rank=0, world_size=1, cursor=None, **changes):
     config = LoaderConfig(dataset=index.path, **{"global_batch_size": 4, "text_length": 6, **changes})
-    return Loader(index, config, rank, world_size, start_step)
+    return Loader(index, config, rank, world_size, cursor)
 
 
 def take(iterable, number):
-    return [batch for batch, _ in zip(iterable, range(number), strict=False)]
+    return list(islice(iterable, number))  # and not one more, which would move the cursor
 
 
 # --- order --------------------------------------------------------------------------------------------------------
 
 
-@given(st.integers(1, 40), st.integers(1, 60), st.integers(0, 2**31), st.integers(1, 4))
-def test_every_sample_comes_once_per_epoch(num_samples, batch_size, seed, epochs):
-    steps = -(-epochs * num_samples // batch_size)
-    drawn = np.concatenate([global_batch_indices(num_samples, batch_size, seed, step) for step in range(steps)])
-    for epoch in range(epochs):
-        part = drawn[epoch * num_samples : (epoch + 1) * num_samples]
-        assert sorted(part) == list(range(num_samples))
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """Three sources of 48 clips, in shards of a few."""
+    folder = tmp_path_factory.mktemp("mixed") / "dataset"
+    clips = (9, 7, 8, 9, 6, 9)
+    sources = ("robot", "robot", "people_a", "people_b", "toys", "toys")
+    return DatasetIndex(tiny_dataset(folder, clips, action_free=(2, 3), sources=sources))
 
 
-def test_epochs_and_seeds_differ():
-    epochs = [global_batch_indices(100, 100, 0, step).tolist() for step in range(3)]
-    assert len({tuple(epoch) for epoch in [*epochs, global_batch_indices(100, 100, 1, 0).tolist()]}) == 4
+MIXTURES = {
+    "one source": {"shuffle": {"window_shards": 2, "run_length": 2}},
+    "three sources": {"mixture": {"weights": {"robot": 0.5, "people_*": 0.3, "toys": {0: 0.1, 9: 0.6}}}},
+}
+STEPS = 5
 
 
-def test_the_order_is_the_one_of_every_earlier_version():
-    """A changed order would break the exact resume of every run that was started before."""
-    assert global_batch_indices(10, 4, 0, 0).tolist() == [0, 8, 9, 3]
-    assert global_batch_indices(10, 4, 0, 2).tolist() == [6, 4, 3, 7]
+@pytest.mark.parametrize("num_workers", [0, 1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_global_batches_are_the_same_on_any_ranks_and_workers_after_any_stop(mixed, name, world_size, num_workers):
+    settings = {"global_batch_size": 24, **MIXTURES[name]}
+    expected = [batch["keys"] for batch in take(loader(mixed, **settings), STEPS)]
+    for stop in (0, 2, STEPS - 1):
+        before = loader(mixed, **settings)  # one rank, until it is killed
+        take(before, stop)
+        cursor = Cursor.model_validate_json(before.cursor.model_dump_json())
+        ranks = [
+            take(loader(mixed, rank, world_size, cursor, **settings, num_workers=num_workers), STEPS - stop)
+            for rank in range(world_size)
+        ]
+        for step, keys in enumerate(expected[stop:]):
+            assert [key for rank in ranks for key in rank[step]["keys"]] == keys
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize("start_step", [0, 3])
-def test_ranks_share_the_same_global_batches(index, world_size, start_step):
-    expected = [batch["keys"] for batch in take(loader(index), 8)][start_step:]
-    ranks = [take(loader(index, rank, world_size, start_step), 8 - start_step) for rank in range(world_size)]
-    for step, keys in enumerate(expected):
-        assert [key for rank in ranks for key in rank[step]["keys"]] == keys
-        assert all(len(rank[step]["keys"]) == 4 // world_size for rank in ranks)
+def test_the_cursor_does_not_run_ahead_with_the_workers(mixed):
+    reader = loader(mixed, num_workers=2, prefetch_factor=4)
+    for number, _ in zip(range(1, 6), reader, strict=False):
+        assert reader.cursor.step == number and reader.cursor.consumed == {"all/16x16x5": 4 * number}
+
+
+def test_a_mixture_draws_by_weight(mixed):
+    weights = {"robot": 0.5, "people_*": 0.25, "toys": 0.25}
+    reader = loader(mixed, mixture={"weights": weights}, global_batch_size=8)
+    counts = Counter(key[:6] for batch in take(reader, 30) for key in batch["keys"])
+    assert counts["key000"] + counts["key001"] == 120 and counts["key002"] + counts["key003"] == 60
+    epochs = reader.epochs()
+    assert epochs.keys() == weights.keys() and epochs["robot"] > 2
+    by_robot = loader(mixed, mixture={"by": "embodiment", "weights": {"arm": 1, "none": 0}})
+    assert all(batch["has_actions"].all() for batch in take(by_robot, 10))
+
+
+@pytest.mark.parametrize(
+    ("mixture", "message"),
+    [
+        ({"weights": {"robt": 1}}, "no source of split train in .* is called 'robt'.*robot.*there are: "),
+        ({"weights": {"robot": 0}}, "at step 0 every weight is zero"),
+        ({"weights": {"robot": {0: 1, 5: 0}}}, "at step 5 every weight is zero"),
+        ({"weights": {"robot": -1}}, "greater than or equal to 0"),
+        ({"weights": {}}, "at least 1"),
+    ],
+)
+def test_a_mixture_that_cannot_be_is_refused(mixed, mixture, message):
+    with pytest.raises((UserError, ValidationError), match=message):
+        loader(mixed, mixture=mixture)
 
 
 def test_workers_and_checks_change_nothing(index):
@@ -203,6 +243,62 @@ def test_a_flipped_byte_is_found_on_request(tmp_path):
     shard.write_bytes(data)
     with pytest.raises(UserError, match="holds a member that cannot be read"):
         take(loader(index), 1)
+
+
+@pytest.fixture(scope="module")
+def two_shards(tmp_path_factory):
+    dataset = tiny_dataset(tmp_path_factory.mktemp("shards") / "dataset", clips=(60,) * 6, max_shard_mb=1)
+    assert len(list(dataset.glob("shards/train/*/*.tar"))) >= 2
+    return dataset
+
+
+def cut_in_half(shard):
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+
+
+def flip_a_number(shard):
+    data = bytearray(shard.read_bytes())
+    data[data.index(b"\x93NUMPY") + 130] ^= 1
+    shard.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (cut_in_half, "truncated_shard"),
+        (lambda shard: shard.unlink(), "missing_shard"),
+        (flip_a_number, "wrong_checksum"),
+    ],
+)
+def test_bad_samples_are_replaced_told_and_counted(two_shards, tmp_path, caplog, damage, reason):
+    """Other ranks' samples stay where they are, and so do the good ones of the same rank."""
+    settings = {"global_batch_size": 64, "check_sha256": True, "max_bad_fraction": 1.0}
+    whole = [batch["keys"] for batch in take(loader(DatasetIndex(two_shards), **settings), 4)]
+    dataset = shutil.copytree(two_shards, tmp_path / "dataset")
+    damage(sorted(dataset.glob("shards/train/*/*.tar"))[1])
+    ranks = [loader(DatasetIndex(dataset), rank, 2, **settings) for rank in (0, 1)]
+    read = [take(rank, 4) for rank in ranks]
+    num_replaced = 0
+    for step, keys in enumerate(whole):
+        for rank in (0, 1):
+            mine, found = keys[32 * rank : 32 * rank + 32], read[rank][step]["keys"]
+            replaced = [key for key, other in zip(mine, found, strict=True) if key != other]
+            assert set(found) <= set(mine)  # by a neighbour in the same part
+            assert all(f"sample {key}" in caplog.text for key in replaced)
+            num_replaced += len(replaced)
+    assert num_replaced and sum((rank.bad_samples for rank in ranks), Counter()) == {reason: num_replaced}
+
+
+def test_too_many_bad_samples_stop_the_run(two_shards, tmp_path):
+    index = DatasetIndex(shutil.copytree(two_shards, tmp_path / "dataset"))
+    sorted(index.path.glob("shards/train/*/*.tar"))[1].unlink()
+    reader = loader(index, max_bad_fraction=0.004, global_batch_size=8)
+    with pytest.raises(
+        UserError, match=r"^\d+ of the \d+ samples read .* loader\.max_bad_fraction=0\.004 allows\. .*\.tar"
+    ):
+        take(reader, 60)
+    with pytest.raises(UserError, match=r"None of the 1 samples of a batch's part can be used"):
+        take(loader(index, max_bad_fraction=1.0, global_batch_size=1), 120)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from configs.loader import UserError
 from data_pipeline.dataset import DatasetFolder
-from data_pipeline.loader import DatasetIndex
+from data_pipeline.dataset_index import DatasetIndex
 from data_pipeline.pack import assign_splits, count
 from data_pipeline.staging import EpisodeRecord, Rejection, StagedClip
 from tests.data_pipeline.tiny_dataset import tiny_dataset

@@ -12,7 +12,7 @@ from PIL import Image
 
 from configs.loader import UserError
 from data_pipeline.dataset import REJECTED_SCHEMA
-from data_pipeline.loader import DatasetIndex
+from data_pipeline.dataset_index import DatasetIndex
 from data_pipeline.preview import histogram, render, write_report
 from tests.data_pipeline.tiny_dataset import tiny_dataset
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from configs.loader import UserError
-from data_pipeline.loader import DatasetIndex
+from data_pipeline.dataset_index import DatasetIndex
 from data_pipeline.verify import verify
 from tests.data_pipeline.tiny_dataset import tiny_dataset
 

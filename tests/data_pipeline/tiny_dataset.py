@@ -26,13 +26,19 @@ ROBOT = Embodiment(name="arm", action_names=("x", "y", "gripper"), proprio_names
 
 
 def tiny_sample(
-    episode: int, clip: int, *, has_actions: bool = True, text: str | None = "push it", robot: Embodiment = ROBOT
+    episode: int,
+    clip: int,
+    *,
+    has_actions: bool = True,
+    text: str | None = "push it",
+    robot: Embodiment = ROBOT,
+    source: str = "lab",
 ) -> Sample:
     number = float(100 * episode + clip)
     num_actions = (NUM_FRAMES - 1) * ACTIONS_PER_FRAME
     meta = SampleMeta(
         schema_version=SCHEMA_VERSION,
-        source=SourceMeta(name="lab", uri=f"lab/{episode}", licence=None, sha256=f"{episode:064d}"),
+        source=SourceMeta(name=source, uri=f"{source}/{episode}", licence=None, sha256=f"{episode:064d}"),
         episode=f"episode_{episode}",
         clip_index=clip,
         start_s=float(clip),
@@ -66,10 +72,15 @@ def tiny_dataset(
     action_free: Sequence[int] = (),
     max_shard_mb: int = 1,
     robot: Embodiment = ROBOT,
+    sources: Sequence[str] = (),
 ) -> Path:
-    """`clips[e]` clips in episode e; the episodes in `action_free` have no actions. One rejected episode besides."""
+    """`clips[e]` clips in episode e; the episodes in `action_free` have no actions. One rejected episode besides.
+
+    `sources[e]` is where episode e is from; by default all are from the lab.
+    """
     staging = Staging(folder.with_name(folder.name + ".staging"))
-    records = [_stage(staging, e, number, e not in action_free, robot) for e, number in enumerate(clips)]
+    source_of = sources or ["lab"] * len(clips)
+    records = [_stage(staging, e, number, e not in action_free, robot, source_of[e]) for e, number in enumerate(clips)]
     rejection = Rejection(where="lab/broken", reason="not_a_video", detail="it is a text file")
     common = {"source": "lab", "content_sha256": None, "embodiment": None, "has_actions": False, "repairs": ()}
     records.append(EpisodeRecord(**common, episode="broken", found=1, clips=(), rejected=(rejection,)))
@@ -89,8 +100,11 @@ def tiny_dataset(
         codec=measure_codec(codec, iter([video]), "train"),
         text_encoder={"name": encoder.name, "weight_hash": encoder.weight_hash, "width": encoder.width},
         counts=count(records),
-        sources={"lab": {"episodes": len(records), "listing_sha256": "0" * 64, "content_sha256": "0" * 64}},
-        build={"sources": {"lab": {"licence": None}}},
+        sources={
+            name: {"episodes": len(records), "listing_sha256": "0" * 64, "content_sha256": "0" * 64}
+            for name in sorted({"lab", *source_of})
+        },
+        build={"sources": {name: {"licence": None} for name in sorted({"lab", *source_of})}},
     )
     packed = pack(staging, records, splits, info, max_shard_mb)
     codec.save(packed / "codec")
@@ -100,13 +114,15 @@ def tiny_dataset(
     return folder
 
 
-def _stage(staging: Staging, episode: int, num_clips: int, has_actions: bool, robot: Embodiment) -> EpisodeRecord:
+def _stage(
+    staging: Staging, episode: int, num_clips: int, has_actions: bool, robot: Embodiment, source: str
+) -> EpisodeRecord:
     name = f"episode_{episode}"
-    curated, encoded = staging.curated_tar("lab", name), staging.encoded_tar("lab", name)
+    curated, encoded = staging.curated_tar(source, name), staging.encoded_tar(source, name)
     clips, rows = [], []
     with TarWriter(curated) as curated_writer, TarWriter(encoded) as encoded_writer:
         for clip in range(num_clips):
-            sample = tiny_sample(episode, clip, has_actions=has_actions, robot=robot)
+            sample = tiny_sample(episode, clip, has_actions=has_actions, robot=robot, source=source)
             members = sample.to_members()
             later = {"__key__", "front.latents.safetensors", "text.safetensors"}
             first = tar_records(
@@ -118,7 +134,7 @@ def _stage(staging: Staging, episode: int, num_clips: int, has_actions: bool, ro
             rows.append((sample.key, encoded_writer.add(second), len(second)))
     write_record(encoded, EncodedRecord(clips=tuple(rows)))
     return EpisodeRecord(
-        source="lab",
+        source=source,
         episode=name,
         content_sha256=f"{episode:064d}",
         embodiment=robot.name if has_actions else None,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from configs.loader import UserError, load_config
-from data_pipeline.loader import DatasetIndex
+from data_pipeline.dataset_index import DatasetIndex
 from data_pipeline.normalize import StreamingStats
 from data_pipeline.video_io import ViewConfig
 from finetune.baselines import (

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from configs.loader import UserError
-from data_pipeline.loader import DatasetIndex, LoaderConfig
+from data_pipeline.dataset_index import DatasetIndex
+from data_pipeline.loader import LoaderConfig
 from finetune.policy import Policy
 from finetune.simulators import Observation
 from finetune.train import FinetuneConfig, build_policy_model

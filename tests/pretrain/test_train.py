@@ -1,11 +1,13 @@
 """A run that is stopped or killed and started again is the run that was left alone."""
 
+import functools
 import os
 import runpy
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -102,8 +104,8 @@ def test_a_batch_that_cannot_be_cut_is_refused(tmp_path: Path) -> None:
 def test_an_empty_validation_split_is_left_out(tmp_path: Path) -> None:
     open_batches = tiny.tiny_batches()
 
-    def without_validation(split: str, *args: int) -> Any:
-        return open_batches(split, *args) if split == "train" else []
+    def without_validation(split: str, *args: Any) -> Any:
+        return open_batches(split, *args) if split == "train" else None
 
     with tiny.StopSignal() as stop:
         tiny.train(tiny.tiny_config(tmp_path, 5), tiny.build_tiny_model(), "", without_validation, stop)
@@ -111,16 +113,16 @@ def test_an_empty_validation_split_is_left_out(tmp_path: Path) -> None:
 
 
 def test_skipped_steps_are_counted_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    open_batches = tiny.tiny_batches()
+    class WithNan(tiny.TinyBatches):
+        def __iter__(self) -> Iterator[dict[str, Any]]:
+            for number, batch in enumerate(super().__iter__()):
+                if self.split == "train" and number == 2:
+                    batch["latents"][0, 0] = torch.nan
+                yield batch
 
-    def with_nan(split: str, *args: int) -> Any:
-        for number, batch in enumerate(open_batches(split, *args)):
-            if split == "train" and number == 2:
-                batch["latents"][0, 0] = torch.nan
-            yield batch
-
+    open_batches = functools.partial(WithNan, on_step=lambda step: None)
     with tiny.StopSignal() as stop:
-        tiny.train(tiny.tiny_config(tmp_path, 5), tiny.build_tiny_model(), "", with_nan, stop)
+        tiny.train(tiny.tiny_config(tmp_path, 5), tiny.build_tiny_model(), "", open_batches, stop)
     rows = [row for row in curve(tmp_path) if row["split"] == "train"]
     assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 1, 1]
     assert rows[2]["loss"] is None and rows[3]["loss"] is not None

@@ -3,9 +3,11 @@
 As a script it is a pretraining run, `tiny_training.py RUN_DIR NUM_STEPS`, under torchrun or alone.
 """
 
+import functools
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from torch import nn
 
 from configs.loader import StrictConfig, dump_config
+from data_pipeline.sample_order import Cursor
 from pretrain.run import StopSignal
 from pretrain.train import PretrainConfig, train
 from pretrain.world_models.base import LossTerms
@@ -54,20 +57,30 @@ def global_batch(step: int) -> torch.Tensor:
     return torch.randn(BATCH, WIDTH, generator=torch.Generator().manual_seed(step))
 
 
-def tiny_batches(
-    on_step: Callable[[int], None] = lambda step: None,
-) -> Callable[[str, int, int, int], Iterator[dict[str, Any]]]:
-    def open_batches(split: str, rank: int, world_size: int, start_step: int) -> Iterator[dict[str, Any]]:
-        share = BATCH // world_size
-        step = start_step
-        while True:
-            if split == "train":
-                on_step(step)
-            batch = global_batch(step if split == "train" else 10_000 + step)
-            yield {"latents": batch[rank * share :][:share], "keys": [f"{step}-{i}" for i in range(share)]}
-            step += 1
+class TinyBatches:
+    """Made in memory, from a cursor on."""
 
-    return open_batches
+    def __init__(self, split: str, rank: int, world_size: int, cursor: Cursor, on_step: Callable[[int], None]) -> None:
+        self.split, self.cursor, self._on_step = split, cursor, on_step
+        share = BATCH // world_size
+        self._part = slice(rank * share, (rank + 1) * share)
+        self.bad_samples: Counter[str] = Counter()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        while True:
+            step = self.cursor.step
+            if self.split == "train":
+                self._on_step(step)
+            batch = global_batch(step if self.split == "train" else 10_000 + step)[self._part]
+            self.cursor = Cursor(step=step + 1, consumed={"tiny": BATCH * (step + 1)})
+            yield {"latents": batch, "keys": [f"{step}-{i}" for i in range(len(batch))]}
+
+    def epochs(self) -> dict[str, float]:
+        return {}
+
+
+def tiny_batches(on_step: Callable[[int], None] = lambda step: None) -> Callable[..., TinyBatches]:
+    return functools.partial(TinyBatches, on_step=on_step)
 
 
 def tiny_config(run_dir: Path, num_steps: int, **changes: Any) -> PretrainConfig:

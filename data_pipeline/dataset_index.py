@@ -1,0 +1,115 @@
+"""A dataset opened for reading: what it holds, and any sample of it by its place in the manifest."""
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from configs.loader import UserError
+
+from .dataset import MANIFEST, MANIFEST_SCHEMA, DatasetFolder, Split, read_table
+from .shards import ShardError, ShardReader, read_records
+
+
+class BadSampleError(UserError):
+    """A sample that cannot be used; `reason` is one of `SHARD_PROBLEMS`."""
+
+    def __init__(self, dataset: Path, shard: str, key: str, error: ShardError) -> None:
+        super().__init__(
+            f"{dataset / shard}: sample {key}: the shard {error}; list everything that is damaged with "
+            f"`python -m data_pipeline.verify {dataset}`, then restore the shard or build the dataset again."
+        )
+        self.reason = error.reason
+
+
+_COLUMNS = ("key", "shard", "offset", "bytes", "split", "bucket", "source", "embodiment", "has_actions")
+"""Of the manifest, what finding and reading samples takes; the rest is read when it is asked for."""
+
+
+class DatasetIndex(DatasetFolder):
+    """A dataset opened for reading: what it holds, and any sample of it by position in the manifest."""
+
+    def __init__(self, dataset: Path) -> None:
+        super().__init__(dataset)
+        self._table = self._read_manifest(_COLUMNS)
+        # Plain arrays: a million Python rows would take a gigabyte, and a lookup in Arrow a microsecond too many.
+        shards = self._table["shard"].combine_chunks()
+        self._shard_of = shards.indices.to_numpy()
+        self._shards: list[str] = shards.dictionary.to_pylist()
+        self._offsets = self._table["offset"].to_numpy()
+        self._num_bytes = self._table["bytes"].to_numpy()
+        self._reader = ShardReader(self.path)
+
+    @cached_property
+    def manifest(self) -> pa.Table:
+        """All of it, `MANIFEST_SCHEMA`."""
+        return self._read_manifest(MANIFEST_SCHEMA.names)
+
+    @cached_property
+    def _sha256(self) -> pa.ChunkedArray:
+        return self._read_manifest(["sha256"])["sha256"]
+
+    def _read_manifest(self, columns: Sequence[str]) -> pa.Table:
+        schema = pa.schema([MANIFEST_SCHEMA.field(name) for name in columns])
+        return read_table(self.path / MANIFEST, schema).unify_dictionaries().combine_chunks()
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def indices(self, split: Split | None = None, *, only_with_actions: bool = False) -> np.ndarray:
+        """Positions in the manifest, in its order."""
+        mask = np.ones(len(self), dtype=bool)
+        if split is not None:
+            mask &= pc.equal(self._table["split"].cast(pa.string()), split).to_numpy()
+        if only_with_actions:
+            mask &= self._table["has_actions"].to_numpy()
+        return np.flatnonzero(mask)
+
+    def key(self, i: int) -> str:
+        return self._table["key"][int(i)].as_py()
+
+    def row(self, i: int) -> dict[str, Any]:
+        return self.manifest.slice(int(i), 1).to_pylist()[0]
+
+    def read_sample(self, i: int, *, check_sha256: bool = False) -> dict[str, Any]:
+        """The members of sample i: `__key__`, and bytes by suffix (see `sample.py`)."""
+        shard = self._shards[self._shard_of[i]]
+        try:
+            records = self._reader.read(shard, int(self._offsets[i]), int(self._num_bytes[i]))
+            if check_sha256:
+                self._check_sha256(i, records)
+            members = read_records(records)
+            if members["__key__"] != self.key(i):
+                raise ShardError(f"holds sample {members['__key__']} in its place")
+        except ShardError as error:
+            raise self.bad_sample(i, error) from error
+        return members
+
+    def _check_sha256(self, i: int, records: bytes) -> None:
+        if hashlib.sha256(records).hexdigest() != self._sha256[int(i)].as_py():
+            raise ShardError("holds other bytes than its checksum promises", "wrong_checksum")
+
+    def bad_sample(self, i: int, error: ShardError) -> BadSampleError:
+        return BadSampleError(self.path, self._shards[self._shard_of[i]], self.key(i), error)
+
+    def shard_sizes(self, indices: np.ndarray) -> np.ndarray:
+        """How many of these samples, which are sorted by `by_place`, lie in each of their shards: int64 [s]."""
+        shards = self._shard_of[indices]
+        starts = np.flatnonzero(np.diff(shards, prepend=-1))
+        return np.diff(starts, append=len(shards))
+
+    def by_place(self, indices: np.ndarray) -> np.ndarray:
+        """The same samples in the order in which they lie: shard after shard."""
+        rank = np.argsort(np.argsort(self._shards))  # the dictionary's order is that of the manifest
+        return indices[np.lexsort((self._offsets[indices], rank[self._shard_of[indices]]))]
+
+    def column(self, name: str) -> tuple[list[str | None], np.ndarray]:
+        """A column of names: the distinct ones, None (where nothing stands) first, and each sample's number of them."""
+        column = self._table[name].combine_chunks()
+        names: list[str | None] = [None, *column.dictionary.to_pylist()]
+        return names, column.indices.fill_null(-1).to_numpy() + 1
