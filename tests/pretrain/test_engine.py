@@ -150,7 +150,8 @@ def test_learning_rate_stays_between_its_bounds(
 ) -> None:
     config = OptimizerConfig(learning_rate=peak, min_learning_rate=peak * share, warmup_steps=warmup)
     value = learning_rate(config, step, num_steps)
-    assert 0 < value <= peak * (1 + 1e-9) or (share == 0 and value >= 0)
+    assert value <= peak * (1 + 1e-9)
+    assert value > 0 or (value == 0 and config.min_learning_rate == 0)  # a product with a tiny share may be zero
     if step >= max(warmup, num_steps):
         assert value == pytest.approx(peak * share) or warmup >= num_steps
     elif step >= warmup:
