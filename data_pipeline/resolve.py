@@ -12,6 +12,7 @@ from .align import actions_per_frame
 from .build_config import BuildConfig
 from .curate.aesthetic import open_scorer
 from .curate.episode import CuratePlan, SourcePlan, view_name
+from .curate.text_cover import open_text_detector
 from .embodiments import Embodiment
 from .encoders import WanCodec, find_model_folder
 from .sources import AnySourceConfig, Source, SourceError, open_source
@@ -118,6 +119,8 @@ def _check_embodiments(embodiments: Mapping[str, Embodiment | None]) -> None:
 def _check_curation(config: BuildConfig, robots: Sequence[Embodiment]) -> None:
     if config.filters.aesthetic is not None:
         open_scorer(config.filters.aesthetic)  # says what is wrong with the weights
+    if config.filters.text is not None:
+        open_text_detector(config.filters.text)
     unknown = config.idle.unknown_slots(robots)
     if unknown:
         known = sorted({name for robot in robots for name in (*robot.action_names, *robot.proprio_names)})

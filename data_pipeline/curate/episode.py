@@ -141,7 +141,7 @@ def curate_episode(
         try:
             if isinstance(pixels, Exception):
                 raise pixels
-            scores = filter_scores(pixels, resolution, plan.filters.aesthetic)
+            scores = filter_scores(pixels, resolution, plan.filters.aesthetic, plan.filters.text)
             _check_filters(plan.filters, scores, episode.uri)
             video = {view: _clip_video(plan, copied_from.get(view), clip.frames[view], pixels[view]) for view in pixels}
             sample = _make_sample(plan, episode, embodiment, clip, video, scores)

@@ -20,6 +20,7 @@ from ..video_pixels import planes_to_rgb, split_planes
 from ..video_quality import MOVING_THRESHOLD
 from .aesthetic import AestheticConfig, open_scorer
 from .letterbox import BLACK, full_range, letterbox_share
+from .text_cover import TextDetectorConfig, open_text_detector
 
 WHITE = 235
 """Brightness, of 255, from which on a pixel is white."""
@@ -101,11 +102,22 @@ class FilterConfig(StrictConfig):
     )
     aesthetic: AestheticConfig | None = Field(None, description="weights for an aesthetic score; null: no such score")
     min_aesthetic: float | None = Field(None, description="that score, on its own scale; LAION's is 1 to 10, try 4")
+    text: TextDetectorConfig | None = Field(None, description="a text detector for the next two; null: no such scores")
+    max_text: float | None = Field(None, ge=0, le=1, description="share of the picture that text covers; try 0.05")
+    max_watermark: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="share of the picture that is text in the first, middle and last frame (captions, logos); try "
+        "0.005, but not where a camera stands still: labels stay there, too",
+    )
 
     @model_validator(mode="after")
     def _has_what_it_limits(self) -> Self:
         if self.min_aesthetic is not None and self.aesthetic is None:
             raise ValueError("min_aesthetic needs aesthetic: the folder of a CLIP model and the file of its head")
+        if (self.max_text, self.max_watermark) != (None, None) and self.text is None:
+            raise ValueError("max_text and max_watermark need text: the ONNX file of a text detector")
         return self
 
 
@@ -130,6 +142,8 @@ RULES = (
     _Rule("letterboxed", "letterbox", "max_letterbox"),
     _Rule("depth_as_grey", "depth", "max_depth"),
     _Rule("not_aesthetic", "aesthetic", "min_aesthetic"),
+    _Rule("watermarked", "watermark", "max_watermark"),
+    _Rule("too_much_text", "text", "max_text"),
 )
 """Checked in this order; the first that a clip breaks names its rejection."""
 
@@ -161,6 +175,7 @@ def filter_scores(
     pixels: Mapping[str, UInt8[np.ndarray, "f p w"]],
     resolution: Mapping[str, int],
     aesthetic: AestheticConfig | None = None,
+    text: TextDetectorConfig | None = None,
 ) -> dict[str, float]:
     """A clip's measurements over all its views, which come as planes; `resolution`: the shorter side that each was
     recorded at."""
@@ -169,6 +184,12 @@ def filter_scores(
         scorer = open_scorer(aesthetic)
         views = [
             scores | {"aesthetic": scorer.score(planes_to_rgb(planes))}
+            for scores, planes in zip(views, pixels.values(), strict=True)
+        ]
+    if text is not None:
+        detector = open_text_detector(text)
+        views = [
+            scores | detector.score(planes_to_rgb(planes))
             for scores, planes in zip(views, pixels.values(), strict=True)
         ]
     return {name: round(float(_OVER_VIEWS.get(name, max)([scores[name] for scores in views])), 6) for name in views[0]}

@@ -115,7 +115,7 @@ def test_a_limit_leaves_ordinary_clips_alone(reason):
 
 
 def test_every_limit_is_tested():
-    assert {*FIRES, "not_aesthetic"} == {rule.reason for rule in RULES}
+    assert {*FIRES, "not_aesthetic", "watermarked", "too_much_text"} == {rule.reason for rule in RULES}
     limits = {name for name in FilterConfig.model_fields if name.startswith(("min_", "max_"))}
     assert limits == {rule.limit for rule in RULES}
 
@@ -132,7 +132,7 @@ def test_a_rejection_says_score_and_limit():
 
 
 def test_limits_are_checked():
-    for bad in ("max_black=2", "min_resolution=0", "min_aesthetic=4"):
+    for bad in ("max_black=2", "min_resolution=0", "min_aesthetic=4", "max_text=0.1", "max_watermark=0.01"):
         with pytest.raises(UserError):
             load_config(FilterConfig, None, [bad])
 
