@@ -158,7 +158,7 @@ def test_a_frame_outside_is_said(path: Path) -> None:
         np.array([b"no picture", b"at all"]),
         WAYS["bytes objects"],
     ],
-    ids=str,
+    ids=lambda data: "bytes objects" if callable(data) else f"{data.dtype}{list(data.shape)}",
 )
 def test_other_arrays_are_no_pictures(path: Path, data: Any) -> None:
     write = data if callable(data) else (lambda file: file.create_dataset("images", data=data))
