@@ -189,7 +189,7 @@ def read_info(dataset: Path) -> DatasetInfo:
             f"{dataset}: holds no {DATASET_YAML}, so it is not a dataset; give the `out` folder of a finished build "
             "(`python -m data_pipeline.build --help`)."
         ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]}); build the dataset again.") from None
     version = record.get("schema_version") if isinstance(record, dict) else None
     if version != SCHEMA_VERSION:
@@ -219,7 +219,7 @@ def read_norm_stats(dataset: Path) -> dict[str, Any]:
         NormStats.model_validate(record)
     except ValidationError as error:
         raise _not_as_written(path, error) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}); restore the file or build the dataset again.") from None
     return record
 

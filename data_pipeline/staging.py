@@ -22,14 +22,18 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BeforeValidator, ValidationError
 
 from configs.loader import StrictConfig, UserError
 
 from .dataset import CodecInfo
 from .shards import ShardReader, read_records, write_atomic
+from .sources.base import printable
+
+PrintableText = Annotated[str, BeforeValidator(printable)]
+"""Of file names and damaged files, which need not be UTF-8: this is."""
 
 
 class StagedClip(StrictConfig):
@@ -47,9 +51,9 @@ class StagedClip(StrictConfig):
 class Rejection(StrictConfig):
     """A clip, or a whole episode (no clip_index), that did not make it."""
 
-    where: str
+    where: PrintableText
     reason: str
-    detail: str
+    detail: PrintableText
     clip_index: int | None = None
 
 

@@ -138,11 +138,16 @@ class Episode:
     repairs: tuple[str, ...] = ()  # sentences: what deviated from the format's specification and what was done
     control_times_s: np.ndarray | None = None  # float64 [n] since the first frame, where control has its own clock
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "uri", printable(self.uri))
+        object.__setattr__(self, "repairs", tuple(map(printable, self.repairs)))
+
 
 class SourceError(Exception):
     """One episode that cannot be read; the others still can. `reason` is a snake_case name that reports group by."""
 
     def __init__(self, reason: str, where: str, detail: str) -> None:
+        where, detail = printable(where), printable(detail)
         super().__init__(f"{reason}: {where}: {detail}")
         self.reason = reason
         self.where = where
@@ -202,6 +207,11 @@ class Source(Protocol):
         ...
 
 
+def printable(text: str) -> str:
+    """`text` without half characters (of names in another encoding, of JSON's `"\\ud800"`): UTF-8 has none."""
+    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+
+
 def key_safe(text: str) -> str:
     """`text` with everything but [A-Za-z0-9_-] replaced (a dot in a name would end the sample's key)."""
     return re.sub(r"[^A-Za-z0-9_-]+", "_", text).strip("_") or "unnamed"
@@ -211,7 +221,8 @@ def stable_id(*parts: str) -> str:
     """An episode id that follows from a relative path and a name inside the file alone: adding files changes none."""
     whole = "/".join(parts)
     readable = key_safe(os.path.splitext(whole)[0])[-60:].strip("_")
-    return f"{readable}_{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
+    name_bytes = whole.encode("utf-8", "surrogatepass")  # a name need not be UTF-8
+    return f"{readable}_{hashlib.sha256(name_bytes).hexdigest()[:8]}"
 
 
 def find_files(root: Path, suffixes: Sequence[str]) -> Iterator[Path]:

@@ -16,8 +16,11 @@ from jaxtyping import Float32
 
 from ..video_index import VideoError, file_identity
 from .base import SourceError
+from .npz_file import read_array
 
 JSON_SUFFIXES = (".json", ".jsonl")
+
+MIN_RATE, MAX_RATE = 1e-3, 1e6  # per second, of what a record may call a rate: beyond it, times overflow
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,15 @@ def below(root: Path, file: Path, text: str) -> Path | None:
             candidates.append(path)
         if folder == top:
             break
-    return next((path for path in candidates if path.is_file()), candidates[-1] if candidates else None)
+    return next((path for path in candidates if is_file(path)), candidates[-1] if candidates else None)
+
+
+def is_file(path: Path) -> bool:
+    """False, too, for what no file can be called: too long a name, a zero byte, half a character."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 class Record:
@@ -127,7 +138,7 @@ class Record:
         if not isinstance(setting, str):
             return setting
         value = self.value(setting)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < np.inf:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not MIN_RATE <= value <= MAX_RATE:
             raise SourceError("bad_record", self.where, f"{setting} is no rate but {str(value)[:40]!r}")
         return float(value)
 
@@ -138,6 +149,8 @@ class Record:
         path = below(self.root, self.file, value)
         if path is None:
             raise SourceError("outside_folder", self.where, f"{key} leads out of {self.root}: {value[:80]!r}")
+        if not is_file(path):
+            raise SourceError("missing_video", self.where, f"{key} names no file that is there: {value[:80]!r}")
         return path
 
     def matrix(self, keys: Sequence[str]) -> Float32[np.ndarray, "n d"]:
@@ -167,18 +180,11 @@ class Record:
         path = below(self.root, self.file, text)
         if path is None:
             raise SourceError("outside_folder", self.where, f"{key} leads out of {self.root}: {value[:80]!r}")
-        try:
-            loaded = np.load(path, allow_pickle=False)
-            if not isinstance(loaded, np.ndarray):
-                with loaded:
-                    if not member and len(loaded.files) != 1:
-                        names = ", ".join(loaded.files)
-                        raise SourceError("bad_record", str(path), f"which array? write {text}#NAME, one of {names}")
-                    loaded = loaded[member or loaded.files[0]]
-        except (OSError, ValueError, KeyError, EOFError) as error:
-            raise SourceError("unreadable_file", str(path), f"no array can be read from it ({error})") from error
+        if not is_file(path):
+            raise SourceError("unreadable_file", self.where, f"{key} names no file that is there: {text[:80]!r}")
+        array = read_array(path, member)
         self.files_read.append(path)
-        return loaded
+        return array
 
 
 def look_up(data: Any, key: str) -> Any:

@@ -20,7 +20,7 @@ from configs.loader import UserError
 
 from ..embodiments import Embodiment, embodiment_from_features
 from ..video_io import VideoError, VideoInfo, frame_times, probe_video
-from .base import Episode, SourceConfig, SourceError, VideoSegment, check_dims, content_sha256, key_safe
+from .base import Episode, SourceConfig, SourceError, VideoSegment, check_dims, content_sha256, key_safe, printable
 from .lerobot_metadata import (
     UNREADABLE,
     EpisodeRecord,
@@ -392,7 +392,7 @@ def _longest_task(record: EpisodeRecord, rows: _Rows, tasks: dict[int, str], not
     for name in rows.table.column_names:
         if name == "task_index" or name.startswith("annotation."):
             texts |= {tasks[index] for index in np.unique(rows.values(name)).tolist() if index in tasks}
-    texts = {" ".join(text.split()) for text in texts if text and text.strip()}
+    texts = {" ".join(printable(text).split()) for text in texts if text and text.strip()}
     if not texts:
         notes.append("There is no task text: the episode has no instruction.")
         return None

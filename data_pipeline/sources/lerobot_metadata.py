@@ -148,7 +148,7 @@ def claimed_size(feature: dict[str, Any]) -> tuple[int, int] | None:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}); restore the file.") from error
     if not isinstance(data, dict):
         raise UserError(f"{path}: must be a JSON object, found {type(data).__name__}; restore the file.")
@@ -165,7 +165,7 @@ def _read_json_lines(path: Path, index_key: str, notes: list[str]) -> dict[int, 
         try:
             row = json.loads(line)
             rows[_required_count(row[index_key])] = row
-        except (ValueError, TypeError, KeyError, IndexError):
+        except (ValueError, TypeError, KeyError, IndexError, RecursionError):
             broken.append(number)
     if broken:
         notes.append(f"{path.name} has unreadable lines ({broken[0]} first, {len(broken)} in all): they are left out.")

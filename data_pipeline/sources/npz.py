@@ -17,7 +17,7 @@ from configs.loader import UserError
 from ..embodiments import Embodiment
 from ..video_index import VideoError
 from .base import Episode, SourceError, StoredImages, check_dims, content_sha256, find_files, key_safe, stable_id
-from .npz_file import NpzIndex, StoredArray, index_npz, read_rows
+from .npz_file import MAX_TABLE_BYTES, NpzIndex, StoredArray, index_npz, read_rows
 from .step_arrays import (
     ACTION_KEYS,
     PROPRIO_KEYS,
@@ -35,8 +35,6 @@ from .step_arrays import (
 
 SUFFIXES = (".npz",)
 INSTRUCTION_KEYS = ("language_instruction", "instruction", "task", "text", "caption")
-MAX_TABLE_BYTES = 2**30
-"""Of actions or proprio: a header can promise more rows than any memory holds."""
 
 _NUM_TRIED = 16  # files that are looked into for the layout of the set
 

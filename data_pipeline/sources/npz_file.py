@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import IO
 
 import numpy as np
@@ -28,6 +29,9 @@ _READ_ERRORS = (
 )
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip member: the lengths of its name and of its extra field
 _BLOCK_BYTES = 2**20
+
+MAX_TABLE_BYTES = 2**30
+"""Of numbers that are read at once: a small archive can unpack to more than any memory holds."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +94,55 @@ def _cached_index(path: str, size: int, mtime_ns: int) -> NpzIndex:
     return NpzIndex(arrays, tuple(objects))
 
 
+def read_array(path: PathLike, member: str = "") -> np.ndarray:
+    """The array in a .npy file, or one in a .npz: the named or the only one. SourceError where it cannot be read."""
+    where = str(path)
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            file.seek(0)
+            return _read_npy(where, file)
+    arrays = index_npz(path).arrays
+    names = ", ".join(arrays) or "none"
+    if not member and len(arrays) != 1:
+        raise SourceError("bad_record", where, f"which array? write {Path(path).name}#NAME, with one of {names}")
+    if member and member not in arrays:
+        raise SourceError("unreadable_file", where, f"it has no array {member} that can be read, but {names}")
+    array = arrays[member or next(iter(arrays))]
+    if array.num_bytes > MAX_TABLE_BYTES:
+        raise SourceError("bad_record", where, f"its array {array.member} is too large for a table of steps")
+    if not array.shape or not array.shape[0]:
+        return np.empty(array.shape, array.dtype)
+    try:
+        return read_rows(path, array, range(array.shape[0]))
+    except ValueError as error:
+        raise SourceError("unreadable_file", where, str(error)) from error
+
+
+def _read_npy(path: str, file: IO[bytes]) -> np.ndarray:
+    try:
+        shape, _, dtype = _read_npy_header(file)
+        num_bytes = int(np.prod(shape, dtype=object)) * dtype.itemsize
+        if min(shape, default=0) < 0 or num_bytes > os.fstat(file.fileno()).st_size - file.tell():
+            raise SourceError("truncated_file", path, "it ends before the last row of its array")
+        file.seek(0)
+        return np.asarray(np.load(file, allow_pickle=False))
+    except _READ_ERRORS as error:
+        raise SourceError("unreadable_file", path, f"no array can be read from it ({_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    is_first_version = np.lib.format.read_magic(file) == (1, 0)  # the later ones have a longer length field
+    read = np.lib.format.read_array_header_1_0 if is_first_version else np.lib.format.read_array_header_2_0
+    return read(file)
+
+
 def _read_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo, file: IO[bytes]) -> StoredArray:
     with archive.open(info) as member:
-        is_first_version = np.lib.format.read_magic(member) == (1, 0)  # the later ones have a longer length field
-        read = np.lib.format.read_array_header_1_0 if is_first_version else np.lib.format.read_array_header_2_0
-        shape, is_fortran, dtype = read(member)
+        shape, is_fortran, dtype = _read_npy_header(member)
         data_start = member.tell()
     file_start = None
     if info.compress_type == zipfile.ZIP_STORED:

@@ -22,6 +22,7 @@ from typing import Any
 from configs.loader import UserError
 
 from ..video_io import VIDEO_SUFFIXES
+from .base import printable
 
 CAPTION_KEYS = ("instruction", "caption", "text", "description", "label")
 
@@ -108,7 +109,7 @@ def _video_name(value: Any) -> str:
 
 
 def _clean(text: Any) -> str | None:
-    return " ".join(text.split()) or None if isinstance(text, str) else None
+    return " ".join(printable(text).split()) or None if isinstance(text, str) else None
 
 
 def _seconds(value: Any) -> float:
@@ -116,6 +117,8 @@ def _seconds(value: Any) -> float:
     try:
         parts = [float(part) for part in str(value).split(":")]
     except ValueError:
+        return math.nan
+    if len(parts) > 3:
         return math.nan
     return sum(part * 60**power for power, part in enumerate(reversed(parts)))
 
@@ -151,4 +154,5 @@ def _narrations(video: Any) -> list[Annotation]:
 
 def _without_tags(text: str) -> str | None:
     """`#C C picks a cup` -> `C picks a cup`: the tag says whether the camera wearer or another person acts."""
+    text = printable(text)
     return " ".join(word for word in text.split() if not (word.startswith("#") and word[1:].isalpha())) or None

@@ -19,7 +19,17 @@ from configs.loader import UserError
 
 from ..embodiments import Embodiment
 from ..video_io import VIDEO_SUFFIXES, VideoError, VideoInfo, frame_indices_at, frame_times, probe_video
-from .base import Episode, SourceConfig, SourceError, VideoSegment, content_sha256, find_files, key_safe, stable_id
+from .base import (
+    Episode,
+    SourceConfig,
+    SourceError,
+    VideoSegment,
+    content_sha256,
+    find_files,
+    key_safe,
+    printable,
+    stable_id,
+)
 from .video_annotations import CAPTION_KEYS, Annotation, read_annotations
 
 UNREAD_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".npy", ".npz", ".h5", ".hdf5")
@@ -179,8 +189,8 @@ def _read_caption(video: Path) -> tuple[str | None, tuple[str, ...]]:
             data = json.loads(json_file.read_text(encoding="utf-8"))
             for key in CAPTION_KEYS if isinstance(data, dict) else ():
                 if isinstance(data.get(key), str) and data[key].strip():
-                    return " ".join(data[key].split()), ()
-    except (OSError, ValueError) as error:
+                    return " ".join(printable(data[key]).split()), ()
+    except (OSError, ValueError, RecursionError) as error:
         return None, (f"The caption beside {video.name} cannot be read ({error}): the episode has none.",)
     return None, ()
 

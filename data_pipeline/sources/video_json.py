@@ -38,8 +38,8 @@ from configs.loader import UserError
 
 from ..embodiments import Embodiment
 from ..video_io import VIDEO_SUFFIXES, VideoError, VideoInfo, probe_video
-from .base import Episode, SourceConfig, SourceError, VideoSegment, content_sha256, key_safe, stable_id
-from .json_records import JSON_SUFFIXES, Entry, Record, below, entries_of
+from .base import Episode, SourceConfig, SourceError, VideoSegment, content_sha256, key_safe, printable, stable_id
+from .json_records import JSON_SUFFIXES, Entry, Record, below, entries_of, is_file
 from .video_annotations import CAPTION_KEYS
 from .video_folder import video_repairs
 
@@ -182,7 +182,9 @@ class VideoJsonSource:
     def _instruction(self, record: Record) -> str | None:
         value = _found_value(record, self._config.instruction_key, INSTRUCTION_KEYS)
         texts = value if isinstance(value, list) else [value]
-        return next((" ".join(text.split()) for text in texts if isinstance(text, str) and text.strip()), None)
+        return next(
+            (" ".join(printable(text).split()) for text in texts if isinstance(text, str) and text.strip()), None
+        )
 
     def _success(self, record: Record) -> bool | None:
         value = _found_value(record, self._config.success_key, SUCCESS_KEYS)
@@ -318,7 +320,7 @@ def named_videos(data: Any, file: Path, root: Path) -> dict[tuple[str, ...], Pat
     for keys, text in _texts(data, ()):
         if text.lower().endswith(VIDEO_SUFFIXES):
             path = below(root, file, text)
-            if path is not None and path.is_file() and path not in found.values():
+            if path is not None and is_file(path) and path not in found.values():
                 found[keys] = path
     return found
 

@@ -160,7 +160,8 @@ def read_array(files: StoreFiles, key: str) -> StoredArray | None:
         if old is None and metadata.get("node_type") != "array":
             return None
         array, codecs = _format_2(key, metadata) if old is not None else _format_3(key, metadata)
-    except (KeyError, TypeError, AttributeError, ValueError, SyntaxError) as error:  # NumPy parses dtypes as Python
+    # NumPy parses dtypes as Python.
+    except (KeyError, TypeError, AttributeError, ValueError, SyntaxError, RecursionError, OverflowError) as error:
         raise ValueError(f"its metadata cannot be understood ({type(error).__name__}: {error})") from error
     unknown = ", ".join(sorted(set(codecs) - NUMBER_CODECS - FORMAT_3_CODECS))
     if unknown:

@@ -534,3 +534,11 @@ def test_recorded_datasets_read_fully(
         last = segment.start_frame + episode.num_frames - 1
         assert decode_frames(segment.path, [segment.start_frame, last]).shape == (2, *size, 3)
     assert repaired(source, repair)
+
+
+@pytest.mark.parametrize("name", ["info.json", "episodes.jsonl"])
+def test_metadata_that_is_nested_too_deeply_is_told(tmp_path: Path, name: str) -> None:
+    root = write_lerobot_v21(tmp_path)
+    (root / "meta" / name).write_text(100_000 * "[")
+    with pytest.raises(UserError, match=r"cannot be read as JSON|episode"):
+        open_source(LeRobotConfig(path=root)).list_episodes()

@@ -1,4 +1,5 @@
 import json
+import os
 import tempfile
 from functools import lru_cache
 from pathlib import Path
@@ -340,3 +341,30 @@ def test_segments_of_recorded_videos(shared_data: Path, tmp_path: Path) -> None:
             positions = footage.positions(np.arange(episode.num_frames) / episode.fps, episode.fps)
             times = frame_times(footage.path)[positions]
             assert np.all((times > 2 - 0.02) & (times < 4))
+
+
+def test_names_and_captions_need_not_be_utf8(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.mp4")  # Latin-1, as old archives have it
+    write_video(tmp_path / "a.mp4", numbered_frames(range(8))).rename(tmp_path / name)
+    (tmp_path / name).with_suffix(".json").write_text('{"caption": "half \\ud800 a character"}')
+    (episode,) = [open_folder(tmp_path).read_episode(one) for one in open_folder(tmp_path).list_episodes()]
+    assert (episode.uri + (episode.instruction or "")).encode()
+    assert episode.instruction is not None and episode.instruction.startswith("half ")
+    assert len(episode.views["main"].read([0, 7])) == 2
+
+
+def test_a_caption_that_is_nested_too_deeply_is_none(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", numbered_frames(range(8)))
+    (tmp_path / "a.json").write_text(100_000 * "[")
+    source = open_folder(tmp_path)
+    episode = source.read_episode(source.list_episodes()[0])
+    assert episode.instruction is None and "cannot be read" in episode.repairs[0]
+
+
+def test_a_time_of_too_many_parts_is_no_time(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", numbered_frames(range(8)))
+    rows = [{"id": "a", "label": "x", "start": "1:" * 400 + "1", "end": 2}]
+    (tmp_path / "all.json").write_text(json.dumps(rows))
+    source = open_folder(tmp_path, annotations="all.json")
+    with pytest.raises(SourceError, match="bad_record"):
+        source.read_episode(source.list_episodes()[0])

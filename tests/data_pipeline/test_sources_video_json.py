@@ -1,3 +1,4 @@
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -357,3 +358,62 @@ def test_a_mixed_set(shared_data: Path) -> None:
     for episode in read_all(state):
         assert episode.proprio is not None
         assert episode.proprio.shape == (episode.num_frames - 1, 8)
+
+
+# --- files that claim what they are not -------------------------------------------------------------------------------
+
+
+def npy(shape: str, data: bytes = b"", dtype: str = "'<f4'") -> bytes:
+    header = f"{{'descr': {dtype}, 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + data
+
+
+def npz(flag_byte: int, value: int, place: int | None = None) -> bytes:
+    """An archive whose headers have a wrong byte, or whose data has, at `place`."""
+    buffer = io.BytesIO()
+    np.savez(buffer, np.float32(rows(0)))
+    data = bytearray(buffer.getvalue())
+    for at in (flag_byte, data.index(b"PK\x01\x02") + flag_byte + 2) if place is None else (place,):
+        data[at] = value
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"PK\x03\x04 and no archive", "truncated_file"),
+        (npy("(100000000000000, 7)"), "truncated_file"),
+        (npy("(-9, 3)", bytes(108)), "truncated_file"),
+        (npy("(9,)", b"cos\nsystem\n" * 9, "'|O'"), "unreadable_file"),
+        (b"\x93NUMPY\x01\x00\x10\x00" + b"{" + b"(" * 15, "unreadable_file"),
+        (npz(6, 1), "unreadable_file"),  # encrypted
+        (npz(8, 99), "unreadable_file"),  # packed by an unknown method
+        (npz(0, 255, place=260), "unreadable_file"),  # its checksum fails
+    ],
+)
+def test_an_array_file_that_is_none_costs_its_episode(tmp_path: Path, data: bytes, why: str) -> None:
+    write_record(tmp_path, action="videos/action.npy")
+    (tmp_path / "videos" / "action.npy").write_bytes(data)
+    source = open_set(tmp_path)
+    assert source.embodiment() is None
+    assert reason(source) == why
+
+
+@pytest.mark.parametrize("fps", [10**400, 1e308, 1e-300])
+def test_a_rate_beyond_all_cameras_costs_its_episode(tmp_path: Path, fps: float) -> None:
+    write_record(tmp_path, action=rows(0), rate=fps)
+    source = open_set(tmp_path, fps="rate")
+    assert source.embodiment() is None
+    assert reason(source) == "bad_record"
+
+
+@pytest.mark.parametrize("name", ["a\0.mp4", "\ud800.mp4", 5000 * "a" + ".mp4"])
+def test_what_no_file_can_be_called_is_missing(tmp_path: Path, name: str) -> None:
+    write_record(tmp_path, video=name)
+    assert reason(open_set(tmp_path, records="**/*.json", video_keys={"main": "video_path"})) == "missing_video"
+    assert reason(open_set(tmp_path, records="**/*.json")) == "missing_video"
+
+
+def test_half_characters_are_replaced(tmp_path: Path) -> None:
+    write_record(tmp_path, text="pick \ud800 up")
+    assert read_all(open_set(tmp_path))[0].instruction == "pick \ufffd\ufffd\ufffd up"

@@ -160,3 +160,13 @@ def test_the_command_lists_and_exits_with_one(dataset):
     shard_of(dataset).unlink()
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and "000000.tar: is missing" in done.stdout and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["dataset.yaml", "norm_stats.json"])
+def test_a_file_that_is_nested_too_deeply_is_damage_like_any_other(dataset, name):
+    (dataset / name).write_text(100_000 * "[")
+    try:
+        (told,) = verify(dataset)
+    except UserError as error:
+        told = str(error)
+    assert name in told and "cannot be read" in told
