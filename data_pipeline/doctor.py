@@ -24,14 +24,16 @@ from rich.table import Table
 from rich.text import Text
 
 from configs.loader import StrictConfig, UserError, dump_config, run_command
-from configs.problems import explain, suggest
+from configs.problems import explain, explain_refusal, suggest
 
 from .embodiment_proposal import propose_embodiment
 from .embodiments import Embodiment
 from .sources import FORMATS, Episode, Footage, Source, SourceConfig, SourceError, detect_kind
+from .sources.base import FootageInfo, printable
 from .sources.ros import RosSource
 from .sources.video_folder import VideoFolderSource
 from .sources.video_json import VideoJsonSource
+from .video_io import VideoError
 
 SHOWN_LINES = 20  # of repairs and of unreadable episodes in the table; --json has them all
 MAX_PROPOSAL_EPISODES, MAX_PROPOSAL_ROWS = 20, 1000  # that a robot's layout is guessed from
@@ -176,6 +178,13 @@ def _read_all(source: Source, episode_ids: list[str]) -> tuple[list[Episode], li
             unreadable.append(
                 Unreadable(episode=episode_id, reason=error.reason, where=error.where, detail=error.detail)
             )
+        except Exception as error:  # as in a build: what no reader foresaw costs its episode alone
+            if isinstance(error, UserError) or (isinstance(error, OSError) and explain_refusal(error)):
+                raise
+            detail = printable(f"{type(error).__name__}: {error}")
+            unreadable.append(
+                Unreadable(episode=episode_id, reason="unexpected_error", where=str(source.name), detail=detail)
+            )
     return episodes, unreadable
 
 
@@ -188,15 +197,23 @@ def _views(episodes: list[Episode]) -> dict[str, ViewReport]:
             frames[view] += episode.num_frames
     views = {}
     for view, files in footages.items():
-        infos = [footage.info() for footage in files.values()]
+        infos = [info for info in map(_info, files.values()) if info is not None]
         views[view] = ViewReport(
             codecs=sorted({info.codec for info in infos}),
             sizes=sorted({f"{info.width}x{info.height}" for info in infos}),
             fps=sorted({round(info.fps, 3) for info in infos}),
-            num_files=len(infos),
+            num_files=len(files),
             num_frames=frames[view],
         )
     return views
+
+
+def _info(footage: Footage) -> FootageInfo | None:
+    """None where its first picture is damaged: a build says which clips that costs."""
+    try:
+        return footage.info()
+    except VideoError:
+        return None
 
 
 def _findings(episodes: list[Episode], of_the_set: tuple[str, ...], num_episodes: int) -> list[Finding]:

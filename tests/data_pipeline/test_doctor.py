@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import h5py
 import pytest
 import yaml
 
@@ -10,6 +11,7 @@ from configs.loader import load_config, run_command
 from data_pipeline.doctor import DoctorConfig, main
 from data_pipeline.embodiments import Embodiment
 from tests.data_pipeline.recordings import numbered_frames, write_lerobot_v3, write_lerobot_v21, write_video
+from tests.data_pipeline.test_sources_aloha import write_episode as write_aloha_episode
 
 
 def examine(path: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -183,3 +185,14 @@ def test_recorded_sets(
     report = json.loads(out)
     assert code == (1 if num_bad else 0)
     assert (report["kind"], report["num_episodes"], len(report["unreadable"])) == (kind, num_episodes, num_bad)
+
+
+def test_a_damaged_first_picture_hides_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for index in range(2):
+        path = write_aloha_episode(tmp_path, index, compress=True)
+        with h5py.File(path, "r+") as file:
+            file["observations/images/cam_high"][0, 8:] = 0  # it still begins as a JPEG does
+    code, out, err = examine(tmp_path, capsys, "--json")
+    view = json.loads(out)["views"]["cam_high"]
+    assert (code, err) == (0, "")
+    assert (view["num_files"], view["num_frames"], view["sizes"]) == (2, 24, [])
