@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from stat import S_ISREG
 
 import av
 import numpy as np
@@ -101,6 +102,8 @@ def file_identity(path: PathLike) -> tuple[str, int, int]:
         stat = os.stat(path)
     except OSError as error:
         raise VideoError("missing_video", path, "there is no such file") from error
+    if not S_ISREG(stat.st_mode):  # a pipe would be waited for
+        raise VideoError("not_a_video", path, "it is no file but a folder, a pipe or a device")
     return os.fspath(path), stat.st_size, stat.st_mtime_ns
 
 

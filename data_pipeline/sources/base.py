@@ -226,7 +226,10 @@ def stable_id(*parts: str) -> str:
 
 
 def find_files(root: Path, suffixes: Sequence[str]) -> Iterator[Path]:
-    """Files at or below `root` that end so, folder by folder in order, hidden ones (such as macOS' `._x`) left out."""
+    """Files at or below `root` that end so, folder by folder in order, hidden ones (such as macOS' `._x`) left out.
+
+    So are pipes and devices: reading one may never end. A link to nothing is kept, to be rejected by name.
+    """
     if root.is_file():
         if root.name.lower().endswith(tuple(suffixes)):
             yield root
@@ -235,7 +238,9 @@ def find_files(root: Path, suffixes: Sequence[str]) -> Iterator[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             if name.lower().endswith(tuple(suffixes)) and not name.startswith("."):
-                yield Path(folder, name)
+                path = Path(folder, name)
+                if path.is_file() or not path.exists():
+                    yield path
 
 
 def check_dims(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from configs.loader import UserError
 from data_pipeline.sources import Episode, Source, SourceError, VideoFolderConfig, detect_kind, open_source
-from data_pipeline.video_io import decode_frames, frame_times
+from data_pipeline.video_io import VideoError, decode_frames, frame_times, probe_video
 from tests.data_pipeline.recordings import (
     FPS,
     numbered_frames,
@@ -368,3 +368,13 @@ def test_a_time_of_too_many_parts_is_no_time(tmp_path: Path) -> None:
     source = open_folder(tmp_path, annotations="all.json")
     with pytest.raises(SourceError, match="bad_record"):
         source.read_episode(source.list_episodes()[0])
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    write_video(tmp_path / "good.mp4", numbered_frames(range(8)))
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "link.mp4").symlink_to(tmp_path / "nowhere.mp4")
+    source = open_source(VideoFolderConfig(path=tmp_path))
+    assert len(source.list_episodes()) == 2  # the link is there to be rejected by name
+    with pytest.raises(VideoError, match=r"not_a_video: .*pipe\.mp4: it is no file but"):
+        probe_video(tmp_path / "pipe.mp4")
