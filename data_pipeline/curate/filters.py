@@ -44,7 +44,8 @@ NO_COLOUR = 128
 GRID_SIDE = 64
 """What is counted pixel by pixel is counted on an even grid of at least so many in height and width, if there are."""
 
-FLAT_STRIDE = 4
+FLAT_SIDE = 32
+"""Flatness takes this much of the grid in height and width, or all it has: a small bright spot is something to see."""
 
 SHARPNESS_SIDE = 128
 """Shorter side at which sharpness is measured: a picture is smoother per pixel the larger it is."""
@@ -223,7 +224,8 @@ def _shares(chosen: Bool[np.ndarray, "f h w"]) -> Float64[np.ndarray, "f"]:
 
 
 def _deviations(values: UInt8[np.ndarray, "f h w"]) -> Float64[np.ndarray, "f"]:
-    return values[:, ::FLAT_STRIDE, ::FLAT_STRIDE].std(axis=(1, 2))
+    step = max(1, min(values.shape[1:]) // FLAT_SIDE)
+    return values[:, ::step, ::step].std(axis=(1, 2))
 
 
 def _moves(values: UInt8[np.ndarray, "f h w"]) -> Bool[np.ndarray, "f h w"]:

@@ -201,6 +201,13 @@ def test_scores_of_a_large_clip_are_those_of_the_same_clip_made_small():
         assert large[name] == pytest.approx(small[name], abs=0.03), name
 
 
+def test_a_spot_in_the_dark_is_not_flat():
+    """What is looked at must be fine enough to meet it."""
+    video = np.zeros((LENGTH, SIDE, SIDE, 3), dtype=np.uint8)
+    video[:, 34:40, 35:41] = 90
+    assert view_scores(video)["flat"] == 0
+
+
 def test_brightness_of_planes_is_that_of_rgb():
     rgb = ordinary()
     found = full_range(split_planes(rgb_to_planes(rgb))[0]).astype(int)
