@@ -58,6 +58,7 @@ from .encoders import create_text_encoder
 from .one_thread import one_thread
 from .pack import assign_splits, count, pack
 from .progress import track
+from .repairs import group_repairs
 from .resolve import check_encoders, open_sources, resolve, staging_folder
 from .sample import SCHEMA_VERSION
 from .shards import write_atomic
@@ -70,6 +71,9 @@ Listing = Mapping[str, Sequence[str]]
 
 MIN_FOUND_TO_STOP = 1000
 """Clips found before the share of rejected ones says anything about those still to come."""
+
+MAX_REPAIRS = 20
+"""Kinds of repairs of a source that dataset.yaml tells."""
 
 
 def main(config: BuildConfig) -> int:
@@ -292,11 +296,7 @@ class Build:
 
     def _source_infos(self, records: Sequence[EpisodeRecord]) -> dict[str, SourceInfo]:
         return {
-            name: SourceInfo(
-                episodes=len(episodes),
-                listing_sha256=digest(list(episodes)),
-                content_sha256=digest([one.model_dump(mode="json") for one in records if one.source == name]),
-            )
+            name: _source_info(episodes, [record for record in records if record.source == name])
             for name, episodes in self.listing.items()
         }
 
@@ -380,6 +380,18 @@ def _nothing_accepted(records: Sequence[EpisodeRecord], counts: Counts) -> UserE
 def _whole(staged: Sequence[EpisodeRecord], records: Sequence[EpisodeRecord]) -> list[EpisodeRecord]:
     """The episodes of which `records` still has clips, with all of their clips: what the stages work on."""
     return [whole for whole, record in zip(staged, records, strict=True) if record.clips]
+
+
+def _source_info(episodes: Sequence[str], records: Sequence[EpisodeRecord]) -> SourceInfo:
+    repairs = group_repairs(record.repairs for record in records)
+    repairs.sort(key=lambda repair: (-repair.num_episodes, repair.sentence))
+    return SourceInfo(
+        episodes=len(episodes),
+        listing_sha256=digest(list(episodes)),
+        content_sha256=digest([record.model_dump(mode="json") for record in records]),
+        repairs=tuple(repairs[:MAX_REPAIRS]),
+        more_repairs=len(repairs[MAX_REPAIRS:]),
+    )
 
 
 def _clips_by_key(records: Sequence[EpisodeRecord], splits: Mapping[str, Split], split: Split) -> list[ClipRef]:

@@ -28,6 +28,7 @@ from configs.loader import StrictConfig, UserError
 from .embodiments import Embodiment
 from .encoders import TextEncoder, VideoCodec, load_text_encoder, load_video_codec
 from .normalize import NormalizationMode, Normalizer, VectorStats
+from .repairs import Repair
 from .sample import SCHEMA_VERSION
 from .video_io import ViewConfig
 
@@ -123,6 +124,8 @@ class SourceInfo(StrictConfig):
     episodes: int
     listing_sha256: str = Field(description="Of the episode ids: tells whether recordings were added or removed.")
     content_sha256: str = Field(description="Of what became of every episode: tells whether anything else changed.")
+    repairs: tuple[Repair, ...] = Field((), description="What its reader set right, the most common first.")
+    more_repairs: int = Field(0, description="Kinds of repairs beyond those.")
 
 
 class DatasetInfo(StrictConfig):

@@ -11,7 +11,6 @@ for example 'settings.action_keys=[actions]'. Exit code 0: all readable; 1: some
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -28,6 +27,7 @@ from configs.problems import explain, explain_refusal, suggest
 
 from .embodiment_proposal import propose_embodiment
 from .embodiments import Embodiment
+from .repairs import Repair, group_repairs
 from .sources import FORMATS, Episode, Footage, Source, SourceConfig, SourceError, detect_kind
 from .sources.base import FootageInfo, printable
 from .sources.ros import RosSource
@@ -52,13 +52,6 @@ class ViewReport(BaseModel):
     fps: list[float]
     num_files: int
     num_frames: int
-
-
-class Finding(BaseModel):
-    """A repair, told once for all episodes whose sentence differs only in its numbers."""
-
-    sentence: str
-    num_episodes: int
 
 
 class Unreadable(BaseModel):
@@ -88,7 +81,7 @@ class Report(BaseModel):
     proposed_embodiment: Embodiment | None  # the same robot with what its numbers say; null where it has been described
     proposal_reasons: list[str]
     notes: list[str]  # what lies there and is not read
-    repairs: list[Finding]
+    repairs: list[Repair]
     unreadable: list[Unreadable]
 
 
@@ -135,7 +128,7 @@ def examine(path: Path, kind: str, settings: dict[str, Any] | None = None) -> Re
         proposed_embodiment=proposed,
         proposal_reasons=list(reasons),
         notes=_notes(source),
-        repairs=_findings(episodes, source.repairs(), len(episode_ids)),
+        repairs=_repairs(episodes, source.repairs(), len(episode_ids)),
         unreadable=unreadable,
     )
 
@@ -216,19 +209,10 @@ def _info(footage: Footage) -> FootageInfo | None:
         return None
 
 
-def _findings(episodes: list[Episode], of_the_set: tuple[str, ...], num_episodes: int) -> list[Finding]:
-    examples: dict[str, str] = {}
-    counts: Counter[str] = Counter()
-    for episode in episodes:
-        seen = {}
-        for sentence in episode.repairs:
-            seen[re.sub(r"\d+(\.\d+)?", "#", sentence)] = sentence
-        for pattern, sentence in seen.items():
-            examples.setdefault(pattern, sentence)
-            counts[pattern] += 1
+def _repairs(episodes: list[Episode], of_the_set: tuple[str, ...], num_episodes: int) -> list[Repair]:
     if not episodes:  # nothing was readable: what is known about the set as a whole may say why
-        return [Finding(sentence=sentence, num_episodes=num_episodes) for sentence in of_the_set]
-    return [Finding(sentence=examples[pattern], num_episodes=counts[pattern]) for pattern in examples]
+        return [Repair(sentence=sentence, num_episodes=num_episodes) for sentence in of_the_set]
+    return group_repairs(episode.repairs for episode in episodes)
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -242,7 +226,7 @@ def show(report: Report, console: Console) -> None:
     for note in report.notes:
         console.print(Text(f"\nnote: {note}"))
     if report.repairs:
-        lines = [(finding.sentence, f"{finding.num_episodes}") for finding in report.repairs]
+        lines = [(repair.sentence, f"{repair.num_episodes}") for repair in report.repairs]
         console.print(_lines("repairs made while reading", "episodes", lines))
     if report.unreadable:
         lines = [(f"{bad.where}: {bad.detail}", f"{bad.episode}\n{bad.reason}") for bad in report.unreadable]

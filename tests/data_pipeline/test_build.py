@@ -37,9 +37,13 @@ def ray():
 
 @pytest.fixture(scope="module")
 def recordings(tmp_path_factory):
-    """A robot's four episodes, one without its video and one too short; good, damaged and false videos."""
+    """A robot's four episodes, one without its video and one too short; good, damaged and false videos.
+
+    The robot's description promises episodes that are not there: a repair.
+    """
     root = tmp_path_factory.mktemp("recordings")
-    robot = write_lerobot_v21(root / "robot", lengths=(24, 14, 16, 4), cameras=("observation.images.front",))
+    cameras = ("observation.images.front",)
+    robot = write_lerobot_v21(root / "robot", lengths=(24, 14, 16, 4), cameras=cameras, splits={"train": "0:50"})
     (robot / "videos/chunk-000/observation.images.front/episode_000002.mp4").unlink()
     for number in range(3):
         write_video(
@@ -103,6 +107,18 @@ def test_what_is_rejected_and_why(dataset):
     assert counts.found == counts.accepted + counts.rejected and counts.episodes == 9
     # 24, 14 and three times 20 frames in clips of 5 that start every 3 frames
     assert (counts.accepted, counts.rejected) == (7 + 4 + 3 * 6, 4)
+
+
+def test_what_a_reader_set_right_is_told(dataset):
+    sources = DatasetIndex(dataset).info.sources
+    (repair,) = sources["robot"].repairs
+    assert (repair.sentence, repair.num_episodes) == (
+        "The split train is 0:50, but there are 4 episodes: it is cut off there.",
+        2,  # of which clips could be cut
+    )
+    assert (sources["people"].repairs, sources["robot"].more_repairs) == ((), 0)
+    page = (dataset / "report.html").read_text()
+    assert "Repairs in robot" in page and repair.sentence in page and "Repairs in people" not in page
 
 
 def test_pixels_and_actions_belong_together(dataset):

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from PIL import Image
 
 from configs.loader import UserError
@@ -69,6 +70,18 @@ def test_what_recordings_say_is_only_text(dataset):
     )
     page = render(DatasetIndex(dataset))
     assert "<script" not in page and "&lt;script&gt;" in page and "a&amp;b" in page
+
+
+def test_repairs_are_told_and_how_many_are_left_out(dataset):
+    path = dataset / "dataset.yaml"
+    info = yaml.safe_load(path.read_text())
+    info["sources"]["lab"] |= {"repairs": [{"sentence": "<i>1 row</i> is left out.", "num_episodes": 3}]}
+    path.write_text(yaml.safe_dump(info))
+    page = render(DatasetIndex(dataset))
+    assert "&lt;i&gt;1 row&lt;/i&gt; is left out." in page and "more kinds" not in page
+    info["sources"]["lab"]["more_repairs"] = 7
+    path.write_text(yaml.safe_dump(info))
+    assert "And 7 more kinds" in render(DatasetIndex(dataset))
 
 
 def test_damage_is_one_sentence(dataset):
