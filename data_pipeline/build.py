@@ -30,6 +30,7 @@ from .curate.episode import CurateEpisode, CuratePlan
 from .dataset import (
     CODEC,
     DATASET_YAML,
+    REJECTED,
     SPLITS,
     TEXT_ENCODER,
     CaptionInfo,
@@ -216,6 +217,8 @@ class Build:
         else:
             self._pack(records, splits, info)
             self._log_end(counts)
+        for name, episodes in self.listing.items():
+            _warn_of_a_source_without_clips(name, len(episodes), [one for one in records if one.source == name])
         self._tidy()
 
     # --- steps ----------------------------------------------------------------------------------------------------
@@ -374,6 +377,20 @@ def _nothing_accepted(records: Sequence[EpisodeRecord], counts: Counts) -> UserE
     return UserError(
         f"None of the {counts.found} clips and episodes found can be used ({listed}); the first: {first.where}: "
         f"{first.detail}; change the sources or the clips' length and rate."
+    )
+
+
+def _warn_of_a_source_without_clips(name: str, num_episodes: int, records: Sequence[EpisodeRecord]) -> None:
+    """Beside other sources it would pass unnoticed."""
+    if any(record.clips for record in records):
+        return
+    rejected = [rejection for record in records for rejection in record.rejected]
+    reason, _ = Counter(rejection.reason for rejection in rejected).most_common(1)[0]
+    detail = next(rejection.detail for rejection in rejected if rejection.reason == reason)
+    next_move = "set view_map or views" if reason == "missing_view" else f"{REJECTED} has all of them"
+    logger.warning(
+        "source %s: none of its episodes (%d) is in the dataset (%s: %s); %s.",
+        *(name, num_episodes, reason, detail, next_move),
     )
 
 

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -119,6 +120,26 @@ def test_what_a_reader_set_right_is_told(dataset):
     assert (sources["people"].repairs, sources["robot"].more_repairs) == ((), 0)
     page = (dataset / "report.html").read_text()
     assert "Repairs in robot" in page and repair.sentence in page and "Repairs in people" not in page
+
+
+def test_a_source_without_a_clip_is_warned_of_and_shown(recordings, tmp_path, caplog):
+    config = config_of(recordings, tmp_path / "dataset", validation_share=0)
+    people = config.sources["people"].model_copy(update={"view_map": {"main": "top"}})
+    config = config.model_copy(update={"sources": {**config.sources, "people": people}})
+    build.main(config)
+    (warning,) = [
+        record.getMessage()
+        for record in caplog.records
+        if (record.name, record.levelname) == (build.__name__, "WARNING")
+    ]
+    assert warning == (
+        "source people: none of its episodes (5) is in the dataset (missing_view: no view front; the episode has main)"
+        "; set view_map or views."
+    )
+    assert verify(tmp_path / "dataset") == []
+    page = (tmp_path / "dataset/report.html").read_text()
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", next(row for row in page.split("<tr>") if "<td>people</td>" in row))
+    assert cells == ["people", "–", "–", "5", "0", "0", "0", "5", "0.0"]
 
 
 def test_pixels_and_actions_belong_together(dataset):
