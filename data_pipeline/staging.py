@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BeforeValidator, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from configs.loader import StrictConfig, UserError
 
@@ -65,6 +65,8 @@ class EpisodeRecord(StrictConfig):
     content_sha256: str | None
     embodiment: str | None
     has_actions: bool
+    has_instruction: bool
+    resolution: int = Field(description="Shorter side of what was recorded, in the smallest view; 0: not read.")
     found: int
     clips: tuple[StagedClip, ...]
     rejected: tuple[Rejection, ...]

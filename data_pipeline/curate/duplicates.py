@@ -74,8 +74,8 @@ class DuplicateConfig(StrictConfig):
     )
 
 
-Quality = Mapping[str, float]
-"""Higher is better; a key that is absent has 0."""
+Quality = Mapping[str, tuple[float, ...]]
+"""Higher is better, compared number by number; a key that is absent is the worst."""
 
 
 def exact_duplicates(hashes: Mapping[str, str], quality: Quality | None = None) -> dict[str, str]:
@@ -90,12 +90,12 @@ def exact_duplicates(hashes: Mapping[str, str], quality: Quality | None = None) 
 
 
 def without_duplicates(records: Sequence[EpisodeRecord], config: DuplicateConfig) -> list[EpisodeRecord]:
-    """The records, their exact and near copies rejected. Of two alike, the one with actions stays.
+    """The records, their exact and near copies rejected. Of two alike, the better one stays (`_quality`).
 
     What only means the same is for `without_semantic_duplicates`, among what this leaves.
     """
     if config.exact:
-        quality = {_name(record): float(record.has_actions) for record in records}
+        quality = {_name(record): _quality(record) for record in records}
         hashes = {_name(one): one.video_sha256 or one.content_sha256 or "" for one in records if one.clips}
         copies = exact_duplicates(hashes, quality)
         of_clips = {clip.key: copies[_name(one)] for one in records if _name(one) in copies for clip in one.clips}
@@ -104,7 +104,12 @@ def without_duplicates(records: Sequence[EpisodeRecord], config: DuplicateConfig
         compared = compared_records(records, config)
         phashes = {clip.key: clip.phash for record in compared for clip in record.clips}
         close = near_duplicates(phashes, config.near, _clip_quality(compared))
-        records = [_reject(one, "near_duplicate", close) for one in records]
+        details = {
+            key: f"{other} ({_differing_share(phashes[key], phashes[other]):.3f} of the bits differ, near "
+            f"{config.near:g})"
+            for key, other in close.items()
+        }
+        records = [_reject(one, "near_duplicate", details) for one in records]
     return list(records)
 
 
@@ -130,8 +135,13 @@ def without_semantic_duplicates(
     return [_reject(one, "semantic_duplicate", details) for one in records]
 
 
-def _clip_quality(records: Iterable[EpisodeRecord]) -> dict[str, float]:
-    return {clip.key: float(record.has_actions) for record in records for clip in record.clips}
+def _quality(record: EpisodeRecord) -> tuple[float, ...]:
+    """Actions first, for nothing else gives them back; then an instruction; then pixels."""
+    return (record.has_actions, record.has_instruction, record.resolution)
+
+
+def _clip_quality(records: Iterable[EpisodeRecord]) -> dict[str, tuple[float, ...]]:
+    return {clip.key: _quality(record) for record in records for clip in record.clips}
 
 
 def _name(record: EpisodeRecord) -> str:
@@ -234,6 +244,10 @@ class _HashIndex:
         ]
 
 
+def _differing_share(one: str, other: str) -> float:
+    return (int(one, 16) ^ int(other, 16)).bit_count() / (4 * len(one))
+
+
 def _words(phash: str) -> UInt64[np.ndarray, "w"]:
     digits = -len(phash) % 16 * "0" + phash
     return np.frombuffer(bytes.fromhex(digits), dtype=np.uint64)
@@ -318,4 +332,5 @@ def import_faiss() -> Any:
 
 
 def _best_first(keys: Iterable[str], quality: Quality | None) -> list[str]:
-    return sorted(keys, key=lambda key: (-(quality or {}).get(key, 0.0), key))
+    by_key = sorted(keys)  # and of one quality they stay so, in reverse too
+    return sorted(by_key, key=lambda key: (quality or {}).get(key, ()), reverse=True)

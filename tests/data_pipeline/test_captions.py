@@ -68,6 +68,8 @@ def stage(root: Path, texts: list[str | None]) -> EpisodeRecord:
         content_sha256="0" * 64,
         embodiment=None,
         has_actions=False,
+        has_instruction=False,
+        resolution=16,
         found=len(clips),
         clips=tuple(clips),
         rejected=(),

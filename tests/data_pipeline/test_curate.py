@@ -95,6 +95,7 @@ def test_keys_tell_clips_apart():
 def test_clips_of_an_episode(tmp_path, robot):
     record, samples = curate(plan_for(tmp_path, robot))
     assert record.found == len(record.clips) == 5 and record.rejected == ()
+    assert (record.has_actions, record.has_instruction, record.resolution) == (True, True, 48)  # not the view's 32
     assert [numbers(sample) for sample in samples] == [list(range(4 * i, 4 * i + 5)) for i in range(5)]
     assert [sample.meta.clip_index for sample in samples] == list(range(5))
     assert all(sample.actions[:, 1].tolist() == numbers(sample)[:-1] for sample in samples)
@@ -117,8 +118,9 @@ def test_a_clock_that_fits_neither_is_resampled(tmp_path, robot):
 
 
 def test_two_views_stay_on_one_clock(tmp_path, robot):
-    views = {"front": FRONT, "wrist": ViewConfig(height=16, width=32)}
-    _, samples = curate(plan_for(tmp_path, robot, views=views))
+    views = {"front": FRONT, "wrist": ViewConfig(height=16, width=32, crop=(0, 0, 40, 64))}
+    record, samples = curate(plan_for(tmp_path, robot, views=views))
+    assert record.resolution == 40  # of what is used of the smaller one
     assert all(numbers(sample, "front") == numbers(sample, "wrist") for sample in samples)
     assert samples[0].meta.views["wrist"].role == "wrist"
     _, (first, *_) = curate(plan_for(tmp_path, robot, views={"hand": FRONT}, view_map={"wrist": "hand"}))

@@ -54,7 +54,7 @@ def families(draw):
         for _ in range(draw(st.integers(1, 12)))
     ]
     keys = [f"clip{i:02d}" for i in range(len(values))]
-    quality = {key: draw(st.sampled_from([0.0, 1.0])) for key in keys[::2]}
+    quality = {key: (draw(st.sampled_from([0.0, 1.0])), 2.0) for key in keys[::2]}
     return dict(zip(keys, map(hexadecimal, values), strict=True)), quality
 
 
@@ -73,7 +73,7 @@ def test_one_of_each_stays(hashes, seed):
 def test_the_best_stays_then_the_smallest_key():
     hashes = {"c": "x", "b": "x", "a": "x", "d": "y"}
     assert exact_duplicates(hashes) == {"b": "a", "c": "a"}
-    assert exact_duplicates(hashes, {"c": 1.0}) == {"a": "c", "b": "c"}
+    assert exact_duplicates(hashes, {"c": (1.0,)}) == {"a": "c", "b": "c"}
 
 
 # --- near ---------------------------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ def test_the_best_stays_then_the_smallest_key():
 def test_near_duplicates_as_comparing_all_pairs(family, seed):
     phashes, quality = family
     kept, expected = [], {}
-    for key in sorted(phashes, key=lambda key: (-quality.get(key, 0.0), key)):
+    for key in sorted(phashes, key=lambda key: (-quality.get(key, [-1.0])[0], key)):
         close = [(distance(phashes[key], phashes[other]), place, other) for place, other in enumerate(kept)]
         if close and min(close)[0] <= MAX_BITS:
             expected[key] = min(close)[2]
@@ -143,7 +143,7 @@ def test_one_of_each_meaning_stays(cluster_size):
 @pytest.mark.parametrize("cluster_size", [1000, 30])
 def test_the_order_does_not_matter(cluster_size):
     keys, embeddings = groups(40, 4, spread=0.15)
-    quality = {key: float(key.endswith("-2")) for key in keys}
+    quality = {key: (float(key.endswith("-2")),) for key in keys}
     order = np.random.default_rng(1).permutation(len(keys))
     first = semantic_duplicates(keys, embeddings, 0.97, quality, cluster_size)
     again = semantic_duplicates([keys[i] for i in order], embeddings[order], 0.97, quality, cluster_size)
@@ -160,15 +160,14 @@ def test_bad_embeddings_are_refused():
     assert semantic_duplicates(["a", "b"], np.zeros((2, 4), np.float32), 0.9) == {}
 
 
-def record(source, episode, *, has_actions=False, phashes=("0" * 64,), video="a"):
+def record(source, episode, *, has_actions=False, has_instruction=False, resolution=64, phashes=("0" * 64,), video="a"):
     clips = [
         StagedClip(key=f"{source}{episode}{n}", clip_index=n, start_s=n, motion=0, offset=0, num_bytes=0, phash=phash)
         for n, phash in enumerate(phashes)
     ]
     common = {"content_sha256": source, "embodiment": None, "repairs": (), "rejected": (), "video_sha256": video}
-    return EpisodeRecord(
-        source=source, episode=episode, found=len(clips), clips=clips, has_actions=has_actions, **common
-    )
+    common |= {"has_actions": has_actions, "has_instruction": has_instruction, "resolution": resolution}
+    return EpisodeRecord(source=source, episode=episode, found=len(clips), clips=clips, **common)
 
 
 def test_of_two_copies_the_one_with_actions_stays():
@@ -182,13 +181,40 @@ def test_of_two_copies_the_one_with_actions_stays():
 
 
 def test_near_copies_go_only_where_that_is_asked_for():
-    near = "0" * 63 + "1"
+    near = "0" * 63 + "f"
     clips = [record("a", "1", phashes=("0" * 64, "f" * 64)), record("b", "1", video="b", phashes=(near,))]
     assert without_duplicates(clips, DuplicateConfig()) == clips
     kept = without_duplicates(clips, DuplicateConfig(near=0.02))
     assert [len(one.clips) for one in kept] == [2, 0]
     (rejection,) = kept[1].rejected
-    assert (rejection.reason, rejection.detail) == ("near_duplicate", "duplicate_of a10")
+    detail = "duplicate_of a10 (0.016 of the bits differ, near 0.02)"
+    assert (rejection.reason, rejection.detail) == ("near_duplicate", detail)
+
+
+WORST_FIRST = (
+    {"resolution": 64},
+    {"resolution": 1080},
+    {"resolution": 64, "has_instruction": True},
+    {"resolution": 128, "has_instruction": True},
+    {"resolution": 64, "has_actions": True},
+    {"resolution": 64, "has_actions": True, "has_instruction": True},
+)
+
+
+@pytest.mark.parametrize("worse", range(len(WORST_FIRST) - 1))
+def test_the_better_copy_stays_by_whatever_the_two_are_alike(worse):
+    """Keys speak for the worse one, so that quality alone can save the better."""
+    clips = [record("a", "1", video="a", **WORST_FIRST[worse]), record("b", "1", video="b", **WORST_FIRST[worse + 1])]
+    copies = [one.model_copy(update={"video_sha256": "a"}) for one in clips]
+    near = DuplicateConfig(near=0.0, compare="all")
+    semantic = DuplicateConfig(semantic=SemanticConfig(clip="clip"), compare="all")
+    meaning = np.eye(4, dtype=np.float32)[0]
+    for kept in (
+        without_duplicates(copies, DuplicateConfig()),
+        without_duplicates(clips, near),
+        without_semantic_duplicates(clips, {"a10": meaning, "b10": meaning}, semantic),
+    ):
+        assert [len(one.clips) for one in kept] == [0, 1]
 
 
 def test_what_means_the_same_goes_last():

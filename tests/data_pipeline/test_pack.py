@@ -25,6 +25,8 @@ def episode(source, number, content, has_actions=True, clips=(CLIP,)):
         content_sha256=str(content),
         embodiment="arm" if has_actions else None,
         has_actions=has_actions,
+        has_instruction=False,
+        resolution=64,
         found=len(clips),
         clips=clips,
         rejected=(),

@@ -1,8 +1,9 @@
 """Repairs: told once per kind, counted by episode, and no more of them than a description can hold."""
 
 from data_pipeline import build
+from data_pipeline.curate.episode import rejected_episode
 from data_pipeline.repairs import Repair, group_repairs
-from data_pipeline.staging import EpisodeRecord
+from data_pipeline.staging import Rejection
 
 
 def test_sentences_that_differ_in_numbers_are_one():
@@ -24,10 +25,10 @@ def test_sentences_that_differ_in_numbers_are_one():
 
 
 def test_a_dataset_tells_the_most_common_and_how_many_more():
-    common = {"source": "lab", "content_sha256": None, "embodiment": None, "has_actions": False}
     letters = [chr(ord("a") + i) for i in range(25)]
+    rejected = rejected_episode("lab", "0", Rejection(where="lab/0", reason="idle", detail="nothing happens"))
     records = [
-        EpisodeRecord(**common, episode=letter, found=0, clips=(), rejected=(), repairs=("z", f"only {letter}"))
+        rejected.model_copy(update={"episode": letter, "repairs": ("z", f"only {letter}")})
         for letter in reversed(letters)
     ]
     info = build._source_info(letters, records)

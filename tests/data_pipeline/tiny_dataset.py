@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data_pipeline.curate.episode import rejected_episode
 from data_pipeline.dataset import DatasetInfo
 from data_pipeline.embodiments import Embodiment
 from data_pipeline.encode import measure_codec
@@ -82,8 +83,7 @@ def tiny_dataset(
     source_of = sources or ["lab"] * len(clips)
     records = [_stage(staging, e, number, e not in action_free, robot, source_of[e]) for e, number in enumerate(clips)]
     rejection = Rejection(where="lab/broken", reason="not_a_video", detail="it is a text file")
-    common = {"source": "lab", "content_sha256": None, "embodiment": None, "has_actions": False, "repairs": ()}
-    records.append(EpisodeRecord(**common, episode="broken", found=1, clips=(), rejected=(rejection,)))
+    records.append(rejected_episode("lab", "broken", rejection))
     splits = assign_splits(records, 0.2)
     torch.manual_seed(0)
     codec, encoder = EmbeddedCodec(torch.zeros(192), torch.rand(192, CHANNELS), 1.0, patch=4), HashedTextEncoder(8)
@@ -139,6 +139,8 @@ def _stage(
         content_sha256=f"{episode:064d}",
         embodiment=robot.name if has_actions else None,
         has_actions=has_actions,
+        has_instruction=True,
+        resolution=16,
         found=num_clips,
         clips=tuple(clips),
         rejected=(),
