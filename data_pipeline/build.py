@@ -24,7 +24,13 @@ from configs.loader import UserError, dump_config, run_command
 from . import preview, ray_job
 from .build_config import HOW_IT_IS_RUN, BuildConfig, parse_partition
 from .curate.captions import CaptionEpisode, plan_captions, read_caption_records, summarise_captions
-from .curate.duplicates import compared_records, find_leaks, without_duplicates, without_semantic_duplicates
+from .curate.duplicates import (
+    compared_records,
+    find_leaks,
+    leaks_sentence,
+    without_duplicates,
+    without_semantic_duplicates,
+)
 from .curate.embeddings import EmbedEpisode, plan_embeddings, read_embeddings
 from .curate.episode import CurateEpisode, CuratePlan
 from .dataset import (
@@ -265,7 +271,7 @@ class Build:
                 phashes[splits[record.content_sha256 or ""]][clip.key] = clip.phash
         leaks = find_leaks(phashes["train"], phashes["validation"], self.config.duplicates.leak)
         if leaks:
-            logger.warning("%d pairs of clips in training and validation are alike, such as %s", len(leaks), leaks[0])
+            logger.warning(leaks_sentence(leaks, self.config.duplicates))
 
     def _prepare_codec(self, records: Sequence[EpisodeRecord], splits: Mapping[str, Split]) -> CodecInfo:
         train, validation = (_clips_by_key(records, splits, one) for one in SPLITS)

@@ -27,6 +27,9 @@ from ..staging import EpisodeRecord, Rejection
 from .clip_embedding import CLIP_FOLDER
 
 SEED = 0
+NEAR_TO_TRY = 0.03
+"""The share of a perceptual hash's bits to begin with."""
+
 CLUSTER_SIZE = 1000
 """Embeddings per cluster, on average; only those of one cluster are compared."""
 
@@ -55,7 +58,8 @@ class DuplicateConfig(StrictConfig):
         None,
         ge=0,
         le=0.25,
-        description="reject clips whose perceptual hashes differ in no larger share of bits; try 0.03; null: keep them",
+        description="reject clips whose perceptual hashes differ in no larger share of bits; "
+        f"try {NEAR_TO_TRY}; null: keep them",
     )
     semantic: SemanticConfig | None = Field(
         None,
@@ -198,6 +202,18 @@ def find_leaks(train: Mapping[str, str], validation: Mapping[str, str], max_shar
         index.add(key, phash)
     return sorted(
         Leak(key, found.key, found.differing_bits) for key, phash in validation.items() for found in index.find(phash)
+    )
+
+
+def leaks_sentence(leaks: Sequence[Leak], config: DuplicateConfig) -> str:
+    """What they are, and the settings that would have rejected all of them."""
+    first = leaks[0]
+    pairs = "pair" if len(leaks) == 1 else "pairs"
+    for_robots = "" if config.compare == "all" else ", where robots are among them with duplicates.compare=all,"
+    return (
+        f"{len(leaks)} {pairs} of a training and a validation clip look alike, such as {first.train} and "
+        f"{first.validation} ({first.differing_bits} bits of their hashes differ); set duplicates.near="
+        f"{max(config.leak, NEAR_TO_TRY):g}{for_robots} to reject copies, or expect validation to look too good."
     )
 
 

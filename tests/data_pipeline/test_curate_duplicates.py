@@ -13,6 +13,7 @@ from data_pipeline.curate.duplicates import (
     SemanticConfig,
     exact_duplicates,
     find_leaks,
+    leaks_sentence,
     near_duplicates,
     semantic_duplicates,
     without_duplicates,
@@ -117,6 +118,17 @@ def test_leaks_are_the_close_pairs(train, validation):
         if distance(phash, train_hashes[other]) <= MAX_BITS
     ]
     assert find_leaks(train_hashes, validation[0], SHARE) == sorted(pairs)
+
+
+def test_leaks_are_told_with_what_to_do():
+    leaks = [Leak("v1", "t2", 7), Leak("v3", "t2", 0)]
+    assert leaks_sentence(leaks, DuplicateConfig(leak=0.06)) == (
+        "2 pairs of a training and a validation clip look alike, such as t2 and v1 (7 bits of their hashes differ); "
+        "set duplicates.near=0.06, where robots are among them with duplicates.compare=all, to reject copies, or "
+        "expect validation to look too good."
+    )
+    sentence = leaks_sentence(leaks[:1], DuplicateConfig(compare="all"))
+    assert sentence.startswith("1 pair of") and "set duplicates.near=0.03 to reject" in sentence
 
 
 # --- semantic -----------------------------------------------------------------------------------------------------
