@@ -32,7 +32,7 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float32
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, model_validator
 
 from configs.loader import UserError
 
@@ -73,8 +73,21 @@ class VideoJsonConfig(SourceConfig):
         default=None, description="real rate of the frames, or the key that holds it; null: the video file's"
     )
     control_hz: PositiveFloat | str | None = Field(
-        default=None, description="rate of the actions, or the key that holds it; null: one action per frame"
+        default=None,
+        description="rate of the actions, or the key that holds it; null: the embodiment block's, or "
+        "without one an action per frame",
     )
+
+    @model_validator(mode="after")
+    def _says_one_control_rate(self) -> VideoJsonConfig:
+        """A key may hold another rate than the block: an episode knows its own."""
+        block = self.embodiment
+        if block is not None and isinstance(self.control_hz, float) and self.control_hz != block.control_hz:
+            raise ValueError(
+                f"control_hz={self.control_hz:g} and embodiment.control_hz={block.control_hz:g} are two rates of the "
+                "same actions; leave control_hz out, or set both to the rate that was recorded"
+            )
+        return self
 
 
 class VideoJsonSource:
@@ -122,7 +135,8 @@ class VideoJsonSource:
         for view, info in infos.items():
             notes += video_repairs(f"The video of view {view}", info)
         fps, num_frames, views = _on_one_clock(videos, infos, record.number(self._config.fps))
-        control_hz = record.number(self._config.control_hz) or fps
+        block = self._config.embodiment
+        control_hz = record.number(self._config.control_hz) or (block.control_hz if block else fps)
         actions, proprio = self._control(record, notes)
         if actions is not None:
             _check_duration(record, len(actions) / control_hz, num_frames / fps, fps, control_hz)

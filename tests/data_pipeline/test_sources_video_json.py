@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from configs.loader import UserError
+from data_pipeline import doctor
 from data_pipeline.sources import (
     AnySourceConfig,
     Episode,
@@ -112,6 +113,21 @@ def test_several_views_and_a_faster_control_rate(tmp_path: Path) -> None:
     assert (slowed.fps, slowed.num_frames) == (5, NUM_FRAMES)
     positions = slowed.views["view_0"].positions(np.array([0.0, 0.4, 1.0]), slowed.fps)
     assert positions.tolist() == [0, 2, 5]
+
+
+def test_the_embodiment_block_says_the_control_rate(tmp_path: Path) -> None:
+    write_record(tmp_path, action=rows(0, 3 * NUM_FRAMES - 2), hz=30)
+    block = {"name": "arm", "action_names": ["x", "y", "z"], "proprio_names": [], "control_hz": 30}
+    for settings in ({}, {"control_hz": 30}, {"control_hz": "hz"}):
+        (episode,) = read_all(open_set(tmp_path, embodiment=block, **settings))
+        assert (episode.control_hz, episode.fps, episode.embodiment) == (30, FPS, "arm")
+    slower = {**block, "control_hz": 15}
+    assert reason(open_set(tmp_path, embodiment=slower)) == "frame_count_mismatch"
+    (episode,) = read_all(open_set(tmp_path, embodiment=slower, control_hz="hz"))  # the record knows better
+    assert episode.control_hz == 30
+    sentence = "^command line: control_hz=30 and embodiment.control_hz=15 are two rates .* leave control_hz out, .*[.]$"
+    with pytest.raises(UserError, match=sentence):
+        doctor.examine(tmp_path, "video_json", {"control_hz": 30, "embodiment": slower})
 
 
 def test_views_of_different_rates_are_placed_by_time(tmp_path: Path) -> None:
