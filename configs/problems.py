@@ -6,7 +6,7 @@ import re
 import reprlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -45,6 +45,8 @@ def explain(
         sentence = f'{where}: unknown key "{key}"{_nearest_key(config_class, details["loc"], key)}'
     elif details["type"] == "missing":
         sentence = f'{where}: "{key}" is required but not given; add it to the config file or write {key}=VALUE'
+    elif details["type"] in ("union_tag_not_found", "union_tag_invalid"):
+        sentence = f"{where}: {key} {_wrong_kind(config_class, details)}"
     else:
         reasons = " or ".join(dict.fromkeys(_reason(item) for item in same_place))
         given = "" if isinstance(details["input"], dict) else f" is {show(details['input'])}, but"
@@ -77,6 +79,29 @@ def _nearest_key(config_class: type[BaseModel], location: Sequence[str | int], k
     if elsewhere:
         return f'; did you mean "{elsewhere[0]}"?'
     return f"; the keys {f'of {section} ' if section else ''}are {', '.join(dict.fromkeys(siblings))}"
+
+
+_FINDS_THE_KIND = {"sources": "`python -m data_pipeline.doctor PATH` finds it out"}
+"""Section -> how to learn what to write, where there is a command for that."""
+
+
+def _wrong_kind(config_class: type[BaseModel], details: Any) -> str:
+    """Of a section whose setting `kind`, or another, says which settings it has."""
+    name, location = details["ctx"]["discriminator"].strip("'"), details["loc"]
+    known: list[str] = []
+    for place in (location, location[:-1]):  # a name that the user gave may also be that of a field
+        known = known or [
+            value
+            for cls in config_classes_at(config_class, place)
+            if name in cls.model_fields
+            for value in get_args(cls.model_fields[name].annotation)
+        ]
+    if details["type"] == "union_tag_invalid":
+        sentence = f'has the unknown {name} "{details["ctx"]["tag"]}"{suggest(details["ctx"]["tag"], known)}'
+    else:
+        sentence = f"needs a {name} ({', '.join(known)})"
+    finds_it = _FINDS_THE_KIND.get(location[0])
+    return sentence if sentence.endswith("?") or finds_it is None else f"{sentence}; {finds_it}"
 
 
 def _reason(details: Any) -> str:

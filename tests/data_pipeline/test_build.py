@@ -358,6 +358,19 @@ def test_the_configs_load(path, tmp_path):
     assert load_config(BuildConfig, tmp_path / "again.yaml") == config
 
 
+def test_a_source_without_its_kind_is_told_how_to_find_it(tmp_path):
+    path = tmp_path / "build.yaml"
+    for source, sentence in (
+        ("{path: a}", r"sources\.robot needs a kind \(lerobot, .*rlds, .*\); `python -m data_pipeline\.doctor PATH` "),
+        ("{kind: lerobt, path: a}", r'sources\.robot has the unknown kind "lerobt"; did you mean "lerobot"\?$'),
+        ("{kind: hdf, path: a}", r'has the unknown kind "hdf"; it can be lerobot, .* finds it out\.$'),
+    ):
+        for name in ("robot", "embodiment", "path"):  # the latter are settings of a source, too
+            path.write_text(f"out: x\nsources: {{{name}: {source}}}\n")
+            with pytest.raises(UserError, match=sentence.replace("robot", name)):
+                load_config(BuildConfig, path)
+
+
 def test_a_typo_is_answered_with_the_nearest_key(tmp_path):
     (tmp_path / "build.yaml").write_text("sources: {a: {kind: video_folder, path: x}}\nout: y\nclip_frame: 5\n")
     with pytest.raises(UserError, match="clip_frames"):
