@@ -155,8 +155,7 @@ def _propose(recorded: Embodiment, episodes: list[Episode]) -> tuple[Embodiment,
         if rows is not None and dims == (recorded.action_dim, recorded.proprio_dim):
             actions.append(rows[:MAX_PROPOSAL_ROWS])
             proprio.append(states[: len(actions[-1])] if states is not None else actions[-1][:, :0])
-    names = (recorded.action_names, recorded.proprio_names)
-    return propose_embodiment(recorded.name, actions, proprio, recorded.control_hz, *names)
+    return propose_embodiment(recorded, actions, proprio)
 
 
 def _read_all(source: Source, episode_ids: list[str]) -> tuple[list[Episode], list[Unreadable]]:

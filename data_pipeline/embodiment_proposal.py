@@ -1,7 +1,8 @@
 """A robot's block of YAML, guessed from the names and the numbers of a recording; a person checks it and keeps it.
 
-Names win over numbers where they say something. What neither can say (the frame of poses, which end of an unnamed
-quaternion is the scalar) is left open or at the usual choice, and a sentence asks.
+What the recording or its reader already says stays as it is: guesses fill only what is not set. Names win over numbers
+where they say something. What neither can say (the frame of poses, which end of an unnamed quaternion is the scalar) is
+left open or at the usual choice, and a sentence asks.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float32, Float64
 
-from .embodiments import Embodiment, RotationSlots
+from .embodiments import ANGLE_UNITS, DEGREES, Embodiment, RotationSlots
 from .rotations import RotationFormat, decode
 
 MIN_ROWS = 20
@@ -39,6 +41,8 @@ class _Part:
 
     what: str  # "action" or "proprio"
     names: tuple[str, ...]
+    declared: set[int]  # slots that the recording itself says something about
+    has_known_rotations: bool
     episodes: list[Float64[np.ndarray, "n d"]] = field(default_factory=list)
     rotations: list[RotationSlots] = field(default_factory=list)
     units: dict[int, str] = field(default_factory=dict)
@@ -49,7 +53,13 @@ class _Part:
 
     @property
     def taken(self) -> set[int]:
-        return {slot for one in self.rotations for slot in one.slots}
+        return self.declared | {slot for one in self.rotations for slot in one.slots}
+
+    def may_turn(self, slots: Sequence[int]) -> bool:
+        """Whether these slots can still become a rotation."""
+        num_in_degrees = sum(self.units.get(slot, "").lower() in DEGREES for slot in slots)
+        is_free = not self.has_known_rotations and not self.taken & {*slots}
+        return is_free and num_in_degrees in (0, len(slots))
 
     def words(self, slot: int) -> str:
         """A name in one style: left.WristRoll.pos is left_wrist_roll (LeRobot's trailing pos says nothing)."""
@@ -68,57 +78,61 @@ class _Part:
 
 
 def propose_embodiment(
-    name: str,
+    recorded: Embodiment,
     actions: Sequence[Float32[np.ndarray, "n a"]],
     proprio: Sequence[Float32[np.ndarray, "n s"]] | None,
-    control_hz: float,
-    action_names: tuple[str, ...],
-    proprio_names: tuple[str, ...] = (),
 ) -> tuple[Embodiment, tuple[str, ...]]:
-    """The layout that names and numbers suggest, and sentences that say why and what only a person can know.
+    """The recorded layout, completed by names and numbers, and sentences that say why and what only a person can know.
 
     `actions` and `proprio` hold one array per episode, row by row on the same clock; a few hundred rows are enough.
     """
-    action, state = _parts(action_names, proprio_names, actions, proprio)
-    why = [*_find_rotations(action), *_find_rotations(state), *_pair_rotations(action, state)]
-    grippers = _find_grippers(action, why)
-    kinds = _find_kinds(action, state, control_hz, {*grippers}, why)
-    joints = {part.what: [i for i in part.matching(_JOINT_WORDS) if i not in grippers] for part in (action, state)}
-    joints["proprio"] = [i for i in joints["proprio"] if not _GRIPPER_WORDS.search(state.words(i))]
+    action, state = _parts(recorded, actions, proprio)
+    why: list[str] = []
+    why += _find_rotations(action)
+    why += _find_rotations(state)
+    why += _pair_rotations(action, state, {*recorded.delta_actions, *recorded.velocity_actions})
+    grippers = [*recorded.gripper_actions] or _find_grippers(action, why)
+    kinds = _find_kinds(action, state, recorded, {*grippers}, why)
+    joints = {
+        "action": [*recorded.joint_actions] or [i for i in action.matching(_JOINT_WORDS) if i not in grippers],
+        "proprio": [*recorded.joint_proprio]
+        or [i for i in state.matching(_JOINT_WORDS) if not _GRIPPER_WORDS.search(state.words(i))],
+    }
     for part in (action, state):
         _guess_units(part, joints[part.what])
-    moving = {*grippers, *kinds["delta"], *kinds["velocity"]}
-    wrapping = {part.what: _find_wrapping(part, why) for part in (action, state)}
-    robot = Embodiment(
-        name=name,
-        action_names=action_names,
-        proprio_names=proprio_names,
-        control_hz=control_hz,
-        action_units=_units(action),
-        proprio_units=_units(state),
-        gripper_actions=tuple(grippers),
-        delta_actions=tuple(kinds["delta"]),
-        velocity_actions=tuple(kinds["velocity"]),
-        joint_actions=tuple(joints["action"]),
-        joint_proprio=tuple(joints["proprio"]),
-        wrapping_actions=tuple(i for i in wrapping["action"] if i not in moving),
-        wrapping_proprio=tuple(wrapping["proprio"]),
-        action_rotations=tuple(action.rotations),
-        proprio_rotations=tuple(state.rotations),
-    )
-    if robot.action_rotations or robot.proprio_rotations or action.matching(_POSE_WORDS):
+    moving = {*grippers, *kinds["delta"], *kinds["velocity"], *recorded.delta_actions, *recorded.velocity_actions}
+    wrapping_actions = [*recorded.wrapping_actions] or _find_wrapping(action, joints["action"], moving, why)
+    wrapping_proprio = [*recorded.wrapping_proprio] or _find_wrapping(state, joints["proprio"], set(), why)
+    guessed = {
+        "action_units": _units(action),
+        "proprio_units": _units(state),
+        "gripper_actions": grippers,
+        "delta_actions": kinds["delta"],
+        "velocity_actions": kinds["velocity"],
+        "joint_actions": joints["action"],
+        "joint_proprio": joints["proprio"],
+        "wrapping_actions": wrapping_actions,
+        "wrapping_proprio": wrapping_proprio,
+        "action_rotations": action.rotations,
+        "proprio_rotations": state.rotations,
+        "pose_frame": None,
+    }
+    declared = {field: value for field in guessed if (value := getattr(recorded, field))}
+    robot = Embodiment.model_validate({**dict(recorded), **guessed, **declared})
+    if declared:
+        why.insert(0, f"{', '.join(declared)}: as the recording says.")
+    is_pose = any(_POSE_WORDS.search(action.words(slot)) for slot in range(robot.action_dim))
+    if robot.pose_frame is None and (robot.action_rotations or robot.proprio_rotations or is_pose):
         why.append("pose_frame is left open: numbers do not say whether poses are in base, world, camera or tool.")
     return robot, tuple(why)
 
 
 def _parts(
-    action_names: tuple[str, ...],
-    proprio_names: tuple[str, ...],
-    actions: Sequence[np.ndarray],
-    proprio: Sequence[np.ndarray] | None,
+    recorded: Embodiment, actions: Sequence[np.ndarray], proprio: Sequence[np.ndarray] | None
 ) -> tuple[_Part, _Part]:
-    """Rows with NaN or infinity are left out."""
-    action, state = _Part("action", action_names), _Part("proprio", proprio_names)
+    """What the recording says, and its rows without those with NaN or infinity."""
+    action = _known_part("action", recorded)
+    state = _known_part("proprio", recorded)
     for index, rows in enumerate(actions):
         sensed = proprio[index] if proprio is not None else np.zeros((len(rows), 0))
         is_finite = np.isfinite(rows).all(axis=1) & np.isfinite(sensed).all(axis=1)
@@ -126,6 +140,22 @@ def _parts(
             action.episodes.append(rows[is_finite].astype(np.float64))
             state.episodes.append(sensed[is_finite].astype(np.float64))
     return action, state
+
+
+def _known_part(what: Literal["action", "proprio"], recorded: Embodiment) -> _Part:
+    """A declared angle without a unit is in radians."""
+    if what == "action":
+        names, units, rotations = recorded.action_names, recorded.action_units, recorded.action_rotations
+        angles = recorded.wrapping_actions
+        others = (*recorded.gripper_actions, *recorded.delta_actions, *recorded.velocity_actions)
+        declared = {*angles, *others, *recorded.joint_actions}
+    else:
+        names, units, rotations = recorded.proprio_names, recorded.proprio_units, recorded.proprio_rotations
+        angles = recorded.wrapping_proprio
+        declared = {*angles, *recorded.joint_proprio}
+    turning = {slot for one in rotations for slot in one.slots}
+    known = dict(enumerate(units)) if units is not None else dict.fromkeys(angles, "rad")
+    return _Part(what, names, declared | turning, bool(rotations), rotations=[*rotations], units=known)
 
 
 # --- rotations ----------------------------------------------------------------------------------------------------
@@ -136,7 +166,7 @@ def _find_rotations(part: _Part) -> Iterator[str]:
     for finders in ((_six_d,), (_named_quaternion, _named_angles, _unit)):
         for slot in range(len(part.names)):
             found = next((found for finder in finders if (found := finder(part, slot))), None)
-            if found is not None and not part.taken & {*found[0].slots}:
+            if found is not None and part.may_turn(found[0].slots):
                 part.rotations.append(found[0])
                 yield f"{part.called(found[0].slots)}: {found[0].format}, because {found[1]}."
     part.rotations.sort(key=lambda one: one.slots)
@@ -161,16 +191,18 @@ def _named_angles(part: _Part, slot: int) -> _Found:
     found = [match for match in matches if match]
     letters = ["xyz"[_ROLL_PITCH_YAW.index(m.group(1))] if m.group(1) else m.group(3) for m in found]
     is_joints = any(_JOINT_WORDS.search(part.words(i)) for i in slots)  # a wrist's roll, pitch and yaw are three motors
-    if letters != ["x", "y", "z"] or is_joints or any(_VELOCITY_WORDS.search(part.words(i)) for i in slots):
+    is_speed = any(_VELOCITY_WORDS.search(part.words(i)) for i in slots)
+    if letters != ["x", "y", "z"] or is_joints or is_speed or not part.may_turn(slots):
         return None
-    unit = "deg" if part.biggest(slots) > 1.1 * _TURNS["rad"] else "rad"
-    part.units |= dict.fromkeys(slots, unit)
+    unit = part.units.setdefault(slot, "deg" if part.biggest(slots) > 1.1 * _TURNS["rad"] else "rad")
+    part.units = dict.fromkeys(slots, unit) | part.units
+    is_degrees = unit.lower() in DEGREES
     word = found[0].group(2) or "euler"
     if word == "euler":
         return RotationSlots(slots=slots, format="euler_xyz_extrinsic"), "of its names; check whether it is intrinsic"
     if word in ("rotvec", "axis_angle", "aa"):
         return RotationSlots(slots=slots, format="axis_angle"), "of its names"
-    jumps = {form: _largest_turn(part, slots, form, unit == "deg") for form in ("axis_angle", "euler_xyz_extrinsic")}
+    jumps = {form: _largest_turn(part, slots, form, is_degrees) for form in ("axis_angle", "euler_xyz_extrinsic")}
     for form, other in (("axis_angle", "euler_xyz_extrinsic"), ("euler_xyz_extrinsic", "axis_angle")):
         if jumps[form] < 0.5 * jumps[other]:
             reason = f"read as {other} it would turn by {np.rad2deg(jumps[other]):.0f} degrees from one row to the next"
@@ -216,23 +248,26 @@ def _num_moving(part: _Part, slots: Sequence[int]) -> int:
     return int((np.ptp(part.rows[:, list(slots)], axis=0) > 1e-3).sum())
 
 
-def _pair_rotations(action: _Part, state: _Part) -> Iterator[str]:
-    """The same names are a rotation on both sides or on neither."""
+def _pair_rotations(action: _Part, state: _Part, known_moves: set[int]) -> Iterator[str]:
+    """The same names are a rotation on both sides or on neither, unless the recording says that they are no targets."""
     for part, other in ((action, state), (state, action)):
-        for one in list(part.rotations):
+        for one in [one for one in part.rotations if not part.has_known_rotations]:
             names = [part.names[slot] for slot in one.slots]
             slots = tuple(other.names.index(name) for name in names if name in other.names)
             if not slots or any({*slots} == {*theirs.slots} for theirs in other.rotations):
                 continue
-            if len(slots) == len(names) and not {*slots} & other.taken:
+            if other is action and known_moves.issuperset(slots):
+                continue
+            if len(slots) == len(names) and other.may_turn(slots):
                 other.rotations.append(RotationSlots(slots=slots, format=one.format))
-                other.units |= {
-                    slot: part.units[mine] for slot, mine in zip(slots, one.slots, strict=True) if part.units
+                theirs = {
+                    slot: part.units[mine] for slot, mine in zip(slots, one.slots, strict=True) if mine in part.units
                 }
+                other.units = theirs | other.units
                 yield f"{other.called(slots)}: {one.format} too, because its names are the same."
             else:
                 part.rotations.remove(one)
-                yield f"{part.called(one.slots)} is no rotation after all: {other.what} has only some of these names."
+                yield f"{part.called(one.slots)} is no rotation after all: these names are none in {other.what}."
 
 
 # --- other kinds --------------------------------------------------------------------------------------------------
@@ -254,16 +289,19 @@ def _find_grippers(action: _Part, why: list[str]) -> list[int]:
 
 
 def _find_kinds(
-    action: _Part, state: _Part, control_hz: float, grippers: set[int], why: list[str]
+    action: _Part, state: _Part, recorded: Embodiment, grippers: set[int], why: list[str]
 ) -> dict[str, list[int]]:
     """The slots that are deltas, and those that are velocities; a rotation is one as a whole or not at all."""
+    known = {"delta": recorded.delta_actions, "velocity": recorded.velocity_actions}
     kinds: dict[str, list[int]] = {"delta": [], "velocity": []}
-    groups = [one.slots for one in action.rotations]
+    groups = [one.slots for one in action.rotations if not action.has_known_rotations]
     groups += [(i,) for i in range(len(action.names)) if i not in action.taken | grippers]
     reasons: dict[tuple[str, str], list[int]] = {}
     for slots in sorted(groups):
-        guesses = [_kind(action, slot, state, control_hz) for slot in slots]
+        guesses = [_kind(action, slot, state, recorded.control_hz) for slot in slots]
         kind, reason = max(guesses, key=guesses.count)  # the first of the most frequent
+        if kind is not None and known.get(kind):
+            continue
         if kind == "velocity":  # of an angle: three plain numbers
             action.rotations = [one for one in action.rotations if one.slots != slots]
         if kind is not None:
@@ -304,13 +342,16 @@ def _correlation(one: np.ndarray, other: np.ndarray) -> float:
     return 0.0 if spread < 1e-12 else float(((one - one.mean()) * (other - other.mean())).mean()) / spread
 
 
-def _find_wrapping(part: _Part, why: list[str]) -> list[int]:
+def _find_wrapping(part: _Part, joints: Sequence[int], moving: set[int], why: list[str]) -> list[int]:
     """Angles that were seen to start over."""
     found = []
     for slot in range(len(part.names)):
-        full_turn = _TURNS["deg" if part.units.get(slot) == "deg" else "rad"]
+        unit = part.units.get(slot, "rad").lower()
+        if slot in moving | (part.taken - {*joints}) or unit not in ANGLE_UNITS:
+            continue
+        full_turn = _TURNS["deg" if unit in DEGREES else "rad"]
         values = part.rows[:, slot]
-        if slot in part.taken or len(np.unique(values)) < MIN_ROWS or np.ptp(values) > 1.02 * full_turn:
+        if len(np.unique(values)) < MIN_ROWS or np.ptp(values) > 1.02 * full_turn:
             continue
         steps = np.abs(np.concatenate([np.diff(rows[:, slot]) for rows in part.episodes]))
         is_jump = steps > 0.8 * full_turn
@@ -327,13 +368,13 @@ def _guess_units(part: _Part, joints: Sequence[int]) -> None:
     unit = "deg" if part.biggest(joints) > 1.5 * _TURNS["rad"] else "rad"  # one robot, one unit
     for slot in joints:
         if part.biggest([slot]) < 1.5 * _TURNS[unit]:  # else a motor's own steps, or per cent
-            part.units[slot] = unit
+            part.units.setdefault(slot, unit)
     for slot in part.matching(_POSE_WORDS):
         if slot not in part.units and len(part.rows):
             part.units[slot] = "mm" if part.biggest([slot]) > 20 else "m"
     for one in part.rotations:
         for slot in one.slots:
-            part.units.setdefault(slot, "1")
+            part.units.setdefault(slot, "1" if one.format.startswith(("quaternion", "six_d")) else "rad")
 
 
 def _units(part: _Part) -> tuple[str, ...] | None:

@@ -28,7 +28,7 @@ from .rotations import FORMATS, NUM_VALUES, RotationFormat
 PoseFrame = Literal["base", "world", "camera", "tool"]
 
 DEGREES = ("deg", "degree", "degrees", "°")
-_ANGLE_UNITS = (*DEGREES, "rad", "radian", "radians")
+ANGLE_UNITS = (*DEGREES, "rad", "radian", "radians")
 
 
 class RotationSlots(StrictConfig):
@@ -214,7 +214,7 @@ def _part_problems(
         if both and {one, other} not in _MAY_SHARE:
             yield f"{part} slots {both} cannot be both {one} and {other}"
     for slot in kinds["wrapping"]:
-        if units is not None and units[slot].lower() not in _ANGLE_UNITS:
+        if units is not None and units[slot].lower() not in ANGLE_UNITS:
             yield f"{part} slot {slot} wraps, but its unit {units[slot]!r} is no angle (rad, deg)"
 
 

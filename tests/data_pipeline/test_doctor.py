@@ -196,3 +196,11 @@ def test_a_damaged_first_picture_hides_nothing_else(tmp_path: Path, capsys: pyte
     view = json.loads(out)["views"]["cam_high"]
     assert (code, err) == (0, "")
     assert (view["num_files"], view["num_frames"], view["sizes"]) == (2, 24, [])
+
+
+def test_the_layout_that_a_reader_knows_is_copied(shared_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = examine(shared_data / "robosuite_demo_hdf5/lift", capsys, "--json")
+    proposed = json.loads(out)["proposed_embodiment"]
+    assert (proposed["delta_actions"], proposed["action_rotations"]) == ([0, 1, 2, 3, 4, 5], [])
+    assert "delta_actions: as the recording says." in json.loads(out)["proposal_reasons"][0]
+    assert "nothing says otherwise" not in out

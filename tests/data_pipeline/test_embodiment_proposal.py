@@ -4,11 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, reject
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from data_pipeline.embodiment_proposal import propose_embodiment
-from data_pipeline.embodiments import RotationSlots
+from data_pipeline.embodiments import Embodiment, RotationSlots
 from data_pipeline.rotations import Rotation, encode
 from data_pipeline.sources import LeRobotConfig, open_source
 
@@ -28,15 +29,15 @@ def turning(rng, rows):
     return Rotation.from_rotvec([0.3, 0, 0]) * Rotation.from_rotvec(walk(rng, rows, 3, 0.15))
 
 
-def propose(actions, proprio=None, action_names=None, proprio_names=None, hz=10.0):
+def propose(actions, proprio=None, action_names=None, proprio_names=None, hz=10.0, **declared):
     action_names = action_names or generic("action", actions.shape[1])
     if proprio is not None and proprio_names is None:
         proprio_names = generic("proprio", proprio.shape[1])
     episodes = None if proprio is None else [proprio[:40].astype(np.float32), proprio[40:].astype(np.float32)]
-    return propose_embodiment(
-        "arm", [actions[:40].astype(np.float32), actions[40:].astype(np.float32)], episodes, hz, action_names,
-        proprio_names or (),
-    )  # fmt: skip
+    recorded = Embodiment(
+        name="arm", action_names=action_names, proprio_names=proprio_names or (), control_hz=hz, **declared
+    )
+    return propose_embodiment(recorded, [actions[:40].astype(np.float32), actions[40:].astype(np.float32)], episodes)
 
 
 @given(st.sampled_from(["quaternion_xyzw", "six_d_columns"]), st.integers(0, 3), seeds)
@@ -150,8 +151,51 @@ def test_any_numbers_give_a_layout(action_dim, proprio_dim, rows, seed):
     )  # fmt: skip
 
 
+def test_what_the_recording_says_stays_and_is_not_asked_about():
+    """robosuite's OSC_POSE: shares of the largest step, so rx, ry and rz are no angles."""
+    names = ("x", "y", "z", "rx", "ry", "rz", "gripper")
+    rows = walk(np.random.default_rng(0), 80, 7)
+    robot, why = propose(rows, action_names=names, delta_actions=tuple(range(6)), gripper_actions=(6,))
+    assert (robot.delta_actions, robot.gripper_actions, robot.action_rotations) == (tuple(range(6)), (6,), ())
+    assert robot.action_units is None
+    assert why[0] == "gripper_actions, delta_actions: as the recording says."
+    assert not any("target" in sentence or "because" in sentence for sentence in why)
+    described = {"pose_frame": "base", "action_units": ("m",) * 3 + ("deg",) * 3 + ("1",)}
+    robot, why = propose(rows, action_names=names, **described)
+    assert (robot.pose_frame, robot.action_units) == ("base", described["action_units"])
+    assert not any("pose_frame is left open" in sentence for sentence in why)
+
+
+@given(st.integers(0, 12), st.integers(0, 8), st.integers(0, 40), seeds)
+def test_no_guess_contradicts_the_recording(action_dim, proprio_dim, rows, seed):
+    rng = np.random.default_rng(seed)
+    words = ["x", "y", "z", "rx", "ry", "rz", "qx", "qy", "qz", "qw", "gripper", "joint", "roll", "pitch", "yaw", "dx"]
+    action_names, proprio_names = (
+        tuple(rng.permutation(words)[:action_dim]),
+        tuple(rng.permutation(words)[:proprio_dim]),
+    )
+    kinds = rng.choice(["", "gripper", "delta", "velocity", "joint", "wrapping"], action_dim)
+    declared = {f"{kind}_actions": tuple(np.flatnonzero(kinds == kind).tolist()) for kind in set(kinds) - {""}}
+    declared["joint_proprio"] = tuple(np.flatnonzero(rng.uniform(size=proprio_dim) < 0.2).tolist())
+    if rng.uniform() < 0.5:
+        declared["action_units"] = tuple(rng.choice(["", "m", "rad", "deg"], action_dim).tolist())
+    if rng.uniform() < 0.5 and proprio_dim > 2:
+        declared["proprio_rotations"] = (RotationSlots(slots=(0, 1, 2), format="axis_angle"),)
+    try:
+        Embodiment(name="arm", action_names=action_names, proprio_names=proprio_names, control_hz=10, **declared)
+    except ValidationError:
+        reject()
+    sawtooth = np.linspace(-np.pi, 9, rows)[:, None] % (2 * np.pi)
+    actions, proprio = rng.normal(0, 3, (rows, action_dim)), rng.normal(0, 3, (rows, proprio_dim))
+    actions = np.where(rng.uniform(size=action_dim) < 0.3, sawtooth, actions)
+    robot, _ = propose(actions, proprio, action_names, proprio_names, **declared)
+    assert {field: getattr(robot, field) for field, value in declared.items() if value} == {
+        field: value for field, value in declared.items() if value
+    }
+
+
 def test_nothing_recorded():
-    robot, why = propose_embodiment("arm", [], None, 10.0, ("x", "gripper"))
+    robot, why = propose(np.zeros((0, 2)), action_names=("x", "gripper"))
     assert robot.gripper_actions == (1,) and why
 
 
@@ -168,12 +212,9 @@ def test_real_robots(shared_data: Path, folder: str, unit: str, num_joints: int)
     episodes = [source.read_episode(episode_id) for episode_id in source.list_episodes()]
     known = source.embodiment()
     robot, _ = propose_embodiment(
-        known.name,
+        known,
         [episode.actions for episode in episodes],
         [episode.proprio for episode in episodes],
-        known.control_hz,
-        known.action_names,
-        known.proprio_names,
     )
     assert len(robot.joint_actions) == num_joints and set(robot.action_units) <= {unit, ""}
     assert robot.action_rotations == robot.delta_actions == robot.velocity_actions == robot.wrapping_actions == ()
