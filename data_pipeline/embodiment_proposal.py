@@ -24,6 +24,7 @@ MIN_ROWS = 20
 _ROLL_PITCH_YAW = ("roll", "pitch", "yaw")
 _TURNS = {"rad": 2 * np.pi, "deg": 360.0}
 _POSE_WORDS = re.compile(r"(^|_)([xyz]|pos(ition)?_[xyz])$")
+_NUMBER = re.compile(r"_?\d+$")
 _GRIPPER_WORDS = re.compile(r"grip|claw|jaw")
 _JOINT_WORDS = re.compile(
     r"joint|motor|servo|shoulder|elbow|wrist|waist|torso|neck|head|hip|knee|ankle|finger|thumb|pinky|index|middle|ring"
@@ -65,6 +66,15 @@ class _Part:
         """A name in one style: left.WristRoll.pos is left_wrist_roll (LeRobot's trailing pos says nothing)."""
         spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", self.names[slot])
         return re.sub(r"_pos$", "", re.sub(r"[^a-z0-9]+", "_", spaced.lower()).strip("_"))
+
+    def stem(self, slot: int) -> str:
+        """What a name shares with the others of its pose or numbered list; joints and other names stand alone."""
+        words = self.words(slot)
+        if not _JOINT_WORDS.search(words):
+            for pattern in (_ANGLE, _QUATERNION, _POSE_WORDS, _NUMBER):
+                if match := pattern.search(words):
+                    return words[: match.start()]
+        return words
 
     def called(self, slots: Sequence[int]) -> str:
         """The slots, for a sentence."""
@@ -291,28 +301,61 @@ def _find_grippers(action: _Part, why: list[str]) -> list[int]:
 def _find_kinds(
     action: _Part, state: _Part, recorded: Embodiment, grippers: set[int], why: list[str]
 ) -> dict[str, list[int]]:
-    """The slots that are deltas, and those that are velocities; a rotation is one as a whole or not at all."""
+    """The slots that are deltas, and those that are velocities; a pose is one as a whole or not at all."""
     known = {"delta": recorded.delta_actions, "velocity": recorded.velocity_actions}
     kinds: dict[str, list[int]] = {"delta": [], "velocity": []}
-    groups = [one.slots for one in action.rotations if not action.has_known_rotations]
-    groups += [(i,) for i in range(len(action.names)) if i not in action.taken | grippers]
     reasons: dict[tuple[str, str], list[int]] = {}
-    for slots in sorted(groups):
-        guesses = [_kind(action, slot, state, recorded.control_hz) for slot in slots]
-        kind, reason = max(guesses, key=guesses.count)  # the first of the most frequent
-        if kind is not None and known.get(kind):
+    undecided = []
+    for slots in _groups(action, grippers):
+        guesses = {slot: _kind(action, slot, state, recorded.control_hz) for slot in slots}
+        votes = {kind for kind, _ in guesses.values() if kind is not None}
+        if action.declared & {*slots} or any(known.get(kind) for kind in votes):
             continue
-        if kind == "velocity":  # of an angle: three plain numbers
-            action.rotations = [one for one in action.rotations if one.slots != slots]
-        if kind is not None:
-            reasons.setdefault((kind, reason), []).extend(slots)
-            kinds.get(kind, []).extend(slots)
+        if len(votes) > 1:
+            undecided.append(_undecided(guesses))
+            continue
+        for slot, (kind, reason) in guesses.items():
+            if kind is not None and reason:
+                reasons.setdefault((kind, reason), []).append(slot)
+        for kind in votes & kinds.keys():
+            kinds[kind] += slots
+            if kind == "velocity":  # of an angle: three plain numbers
+                action.rotations = [one for one in action.rotations if not {*one.slots} <= {*slots}]
     why += [f"{action.called(slots)}: {kind}, because {reason}." for (kind, reason), slots in reasons.items()]
+    why += undecided
     return {kind: sorted(slots) for kind, slots in kinds.items()}
 
 
+def _groups(action: _Part, grippers: set[int]) -> list[list[int]]:
+    """Slots that are of one kind: the positions and angles of a pose, the numbers of a list; any other alone."""
+    groups: list[list[int]] = []
+    for slot in range(len(action.names)):
+        if slot in grippers:
+            continue
+        if groups and groups[-1][-1] == slot - 1 and action.stem(slot) == action.stem(slot - 1):
+            groups[-1].append(slot)
+        else:
+            groups.append([slot])
+    for one in action.rotations:  # whose slots may lie apart
+        parts = [group for group in groups if {*group} & {*one.slots}]
+        groups = [group for group in groups if group not in parts]
+        groups.append(sorted(slot for part in parts for slot in part))
+    return sorted(groups)
+
+
+def _undecided(guesses: dict[int, tuple[str | None, str]]) -> str:
+    """What to decide where some slots of a group look like one thing and some like another."""
+    slots, found = sorted(guesses), {kind for kind, _ in guesses.values()}
+    looks = " or ".join(plural for kind, plural in (("delta", "deltas"), ("velocity", "velocities")) if kind in found)
+    alike = ", ".join(str(slot) for slot, (kind, _) in guesses.items() if kind in ("delta", "velocity"))
+    return (
+        f"Actions {slots[0]}-{slots[-1]} look partly like {looks}: decide before building ({alike} do, and are left "
+        "out of the block)."
+    )
+
+
 def _kind(action: _Part, slot: int, state: _Part, control_hz: float) -> tuple[str | None, str]:
-    """What the action is and why; None for a target that looks like one."""
+    """What the action is and why; without a reason where it looks like a plain target; None where it never moves."""
     if _VELOCITY_WORDS.search(action.words(slot)):
         return "velocity", "of the name"
     if _DELTA_WORDS.search(action.words(slot)):
@@ -323,14 +366,15 @@ def _kind(action: _Part, slot: int, state: _Part, control_hz: float) -> tuple[st
     command = np.concatenate([a[:-1, slot] for a, _ in pairs])
     sensed = np.concatenate([s[:-1] for _, s in pairs])
     change = np.concatenate([np.diff(s, axis=0) for _, s in pairs])
+    if np.ptp(command) == 0:
+        return None, ""
     name = action.names[slot]
     columns = [state.names.index(name)] if name in state.names else list(range(len(state.names)))
     follows_state = max(_correlation(command, sensed[:, j]) for j in columns)
     best = max(columns, key=lambda j: _correlation(command, change[:, j]))
     follows_change = _correlation(command, change[:, best])
     if follows_change < 0.6 or 1 - follows_change**2 > 0.5 * (1 - follows_state**2):  # what each leaves unexplained
-        is_plain = follows_state > 0.6 or np.ptp(command) == 0
-        return (None, "") if is_plain else ("target", "it follows neither the proprio nor its change; check")
+        return "target", "" if follows_state > 0.6 else "it follows neither the proprio nor its change; check"
     per_unit = float((command * change[:, best]).sum() / (command**2).sum())  # change of proprio per 1 of the command
     if 0.7 < per_unit * control_hz < 1.4:
         return "velocity", f"the proprio changes by it per second, not towards it (at {control_hz:g} Hz)"

@@ -204,3 +204,12 @@ def test_the_layout_that_a_reader_knows_is_copied(shared_data: Path, capsys: pyt
     assert (proposed["delta_actions"], proposed["action_rotations"]) == ([0, 1, 2, 3, 4, 5], [])
     assert "delta_actions: as the recording says." in json.loads(out)["proposal_reasons"][0]
     assert "nothing says otherwise" not in out
+
+
+def test_a_pose_that_looks_partly_like_deltas_is_left_to_a_person(
+    shared_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, out, _ = examine(shared_data / "vpp_mixed/bridge", capsys, "--json", "settings.fps=5")
+    report = json.loads(out)
+    assert report["proposed_embodiment"]["delta_actions"] == []
+    assert any("Actions 0-5 look partly like deltas: decide" in reason for reason in report["proposal_reasons"])

@@ -119,6 +119,28 @@ def test_targets_deltas_and_velocities_are_told_apart(kind, is_named, seed):
     assert robot.velocity_actions == ((0, 1, 2) if kind == "velocity" else ())
 
 
+@pytest.mark.parametrize("names", [(*XYZ, "rx", "ry", "rz", "gripper"), generic("action", 7)])
+@pytest.mark.parametrize("num_targets", [0, 1, 4])
+def test_a_pose_is_a_delta_as_a_whole_or_a_person_is_asked(names, num_targets):
+    rng = np.random.default_rng(0)
+    state = np.cumsum(walk(rng, 81, 6, 0.005), axis=0)
+    actions = 5 * np.diff(state, axis=0)
+    actions[:, :num_targets] = state[1:, :num_targets]
+    actions[39] = actions[-1] = 0
+    robot, why = propose(np.column_stack([actions, np.arange(80) % 2]), state[:80], names, names[:6])
+    assert robot.delta_actions == ((0, 1, 2, 3, 4, 5) if num_targets == 0 else ()) and robot.gripper_actions == (6,)
+    asked = any("Actions 0-5 look partly like deltas: decide before building" in sentence for sentence in why)
+    assert asked == (num_targets > 0)
+
+
+def test_what_never_moves_is_of_its_poses_kind():
+    state = np.cumsum(walk(np.random.default_rng(0), 81, 3, 0.005), axis=0)
+    actions = 5 * np.diff(state, axis=0)
+    actions[:, 1] = actions[39] = actions[-1] = 0
+    robot, _ = propose(actions, state[:80], XYZ, XYZ)
+    assert robot.delta_actions == (0, 1, 2)
+
+
 def test_names_tell_the_kind_too():
     rng = np.random.default_rng(0)
     names = ("delta_x", "d_yaw", "dz", "base_vel_x", "vy", "w_z", "index_0")
