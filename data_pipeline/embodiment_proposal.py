@@ -26,6 +26,7 @@ _TURNS = {"rad": 2 * np.pi, "deg": 360.0}
 _POSE_WORDS = re.compile(r"(^|_)([xyz]|pos(ition)?_[xyz])$")
 _NUMBER = re.compile(r"_?\d+$")
 _GRIPPER_WORDS = re.compile(r"grip|claw|jaw")
+_HAND_WORDS = re.compile(r"hand|finger|thumb|pinky|grip|claw|jaw")
 _JOINT_WORDS = re.compile(
     r"joint|motor|servo|shoulder|elbow|wrist|waist|torso|neck|head|hip|knee|ankle|finger|thumb|pinky|index|middle|ring"
     r"|(^|_)j\d+($|_)"
@@ -108,9 +109,9 @@ def propose_embodiment(
         "proprio": [*recorded.joint_proprio]
         or [i for i in state.matching(_JOINT_WORDS) if not _GRIPPER_WORDS.search(state.words(i))],
     }
-    for part in (action, state):
-        _guess_units(part, joints[part.what])
     moving = {*grippers, *kinds["delta"], *kinds["velocity"], *recorded.delta_actions, *recorded.velocity_actions}
+    _guess_units(action, joints["action"], moving)
+    _guess_units(state, joints["proprio"], set())
     wrapping_actions = [*recorded.wrapping_actions] or _find_wrapping(action, joints["action"], moving, why)
     wrapping_proprio = [*recorded.wrapping_proprio] or _find_wrapping(state, joints["proprio"], set(), why)
     guessed = {
@@ -131,6 +132,8 @@ def propose_embodiment(
     robot = Embodiment.model_validate({**dict(recorded), **guessed, **declared})
     if declared:
         why.insert(0, f"{', '.join(declared)}: as the recording says.")
+    why += [] if recorded.action_units else _unit_reasons(action)
+    why += [] if recorded.proprio_units else _unit_reasons(state)
     is_pose = any(_POSE_WORDS.search(action.words(slot)) for slot in range(robot.action_dim))
     if robot.pose_frame is None and (robot.action_rotations or robot.proprio_rotations or is_pose):
         why.append("pose_frame is left open: numbers do not say whether poses are in base, world, camera or tool.")
@@ -164,6 +167,7 @@ def _known_part(what: Literal["action", "proprio"], recorded: Embodiment) -> _Pa
         angles = recorded.wrapping_proprio
         declared = {*angles, *recorded.joint_proprio}
     turning = {slot for one in rotations for slot in one.slots}
+    angles += tuple(slot for one in rotations for slot in one.slots if not _is_unit_free(one))
     known = dict(enumerate(units)) if units is not None else dict.fromkeys(angles, "rad")
     return _Part(what, names, declared | turning, bool(rotations), rotations=[*rotations], units=known)
 
@@ -204,8 +208,9 @@ def _named_angles(part: _Part, slot: int) -> _Found:
     is_speed = any(_VELOCITY_WORDS.search(part.words(i)) for i in slots)
     if letters != ["x", "y", "z"] or is_joints or is_speed or not part.may_turn(slots):
         return None
-    unit = part.units.setdefault(slot, "deg" if part.biggest(slots) > 1.1 * _TURNS["rad"] else "rad")
-    part.units = dict.fromkeys(slots, unit) | part.units
+    unit = part.units.get(slot, "deg" if part.biggest(slots) > 1.1 * _TURNS["rad"] else "rad")
+    if len(part.rows):
+        part.units = dict.fromkeys(slots, unit) | part.units
     is_degrees = unit.lower() in DEGREES
     word = found[0].group(2) or "euler"
     if word == "euler":
@@ -408,17 +413,59 @@ def _find_wrapping(part: _Part, joints: Sequence[int], moving: set[int], why: li
     return found
 
 
-def _guess_units(part: _Part, joints: Sequence[int]) -> None:
+def _guess_units(part: _Part, joints: Sequence[int], moving: set[int]) -> None:
+    """Of joint and position targets that were seen to move."""
+    joints = [slot for slot in joints if slot not in moving and not _has_own_scale(part, slot)]
+    positions = [slot for slot in part.matching(_POSE_WORDS) if slot not in moving and not _has_own_scale(part, slot)]
     unit = "deg" if part.biggest(joints) > 1.5 * _TURNS["rad"] else "rad"  # one robot, one unit
     for slot in joints:
         if part.biggest([slot]) < 1.5 * _TURNS[unit]:  # else a motor's own steps, or per cent
             part.units.setdefault(slot, unit)
-    for slot in part.matching(_POSE_WORDS):
-        if slot not in part.units and len(part.rows):
-            part.units[slot] = "mm" if part.biggest([slot]) > 20 else "m"
+    for slot in positions:
+        part.units.setdefault(slot, "mm" if part.biggest(positions) > 20 else "m")
     for one in part.rotations:
-        for slot in one.slots:
-            part.units.setdefault(slot, "1" if one.format.startswith(("quaternion", "six_d")) else "rad")
+        if _is_unit_free(one):
+            part.units = dict.fromkeys(one.slots, "1") | part.units
+
+
+def _has_own_scale(part: _Part, slot: int) -> bool:
+    """How far a hand is closed, a share, a byte; or no rows to tell."""
+    values = part.rows[:, slot]
+    if not len(values) or _HAND_WORDS.search(part.words(slot)):
+        return True
+    low, high = values.min(), values.max()
+    return bool(low >= 0 and (high <= 1 or (high <= 255 and (values == np.rint(values)).all())))
+
+
+def _is_unit_free(one: RotationSlots) -> bool:
+    return one.format.startswith(("quaternion", "six_d"))
+
+
+_UNIT_REASONS = {
+    "rad": "joints or angles that stay within",
+    "deg": "joints or angles that reach",
+    "m": "positions that stay within",
+    "mm": "positions that reach",
+}
+
+
+def _unit_reasons(part: _Part) -> Iterator[str]:
+    for unit, reason in _UNIT_REASONS.items():
+        slots = sorted(slot for slot, theirs in part.units.items() if theirs == unit)
+        if slots and len(part.rows):
+            named = f"their names are those of {reason} {part.biggest(slots):.3g}"
+            yield f"units of {part.what} {_ranges(slots)}: {unit}, because {named}; check."
+
+
+def _ranges(slots: Sequence[int]) -> str:
+    """0, 1, 2, 5 as 0-2, 5."""
+    runs: list[list[int]] = []
+    for slot in slots:
+        if runs and runs[-1][-1] == slot - 1:
+            runs[-1].append(slot)
+        else:
+            runs.append([slot])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 def _units(part: _Part) -> tuple[str, ...] | None:

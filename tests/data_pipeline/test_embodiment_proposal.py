@@ -79,7 +79,7 @@ def test_rx_ry_rz_are_what_turns_smoothly(form, in_degrees):
 
 def test_a_wrists_roll_pitch_and_yaw_are_three_joints():
     names = ("kLeftWristRoll", "kLeftWristPitch", "kLeftWristYaw", "left.joint_1.pos")
-    robot, _ = propose(walk(np.random.default_rng(0), 80, 4), action_names=names)
+    robot, _ = propose(walk(np.random.default_rng(0), 80, 4, 0.1), action_names=names)
     assert robot.action_rotations == () and robot.joint_actions == (0, 1, 2, 3) and robot.action_units == ("rad",) * 4
 
 
@@ -92,6 +92,21 @@ def test_grippers_joints_and_units():
     assert robot.gripper_actions == (3, 4) and robot.joint_actions == (0, 1, 2)
     assert robot.action_units == ("deg", "deg", "deg", "", "", "mm")
     assert any("only ever has two values" in sentence for sentence in why)
+
+
+def test_units_are_left_open_where_a_scale_is_its_own():
+    rng = np.random.default_rng(0)
+    share, byte, arm = rng.uniform(size=80), rng.integers(0, 256, 80), rng.uniform(-2, 2, (80, 2))
+    names = ("joint_0", "joint_1", "joint_2", "joint_3", "left_hand.joint_0", "kFingerIndex", "x", "y")
+    robot, why = propose(np.column_stack([arm, share, byte, arm, share, byte]), action_names=names)
+    assert robot.action_units == ("rad", "rad", *[""] * 6) and robot.joint_actions == (0, 1, 2, 3, 4, 5)
+    (reason,) = [sentence for sentence in why if sentence.startswith("units")]
+    assert reason.startswith("units of action 0-1: rad, because") and reason.endswith("check.")
+
+
+def test_units_are_not_guessed_for_deltas_and_velocities():
+    robot, why = propose(walk(np.random.default_rng(0), 80, 2), action_names=("delta_x", "joint_0_vel"))
+    assert robot.action_units is None and not any(sentence.startswith("units") for sentence in why)
 
 
 @pytest.mark.parametrize("unit", ["rad", "deg"])
@@ -238,5 +253,7 @@ def test_real_robots(shared_data: Path, folder: str, unit: str, num_joints: int)
         [episode.actions for episode in episodes],
         [episode.proprio for episode in episodes],
     )
-    assert len(robot.joint_actions) == num_joints and set(robot.action_units) <= {unit, ""}
+    assert len(robot.joint_actions) == num_joints and set(robot.action_units) == {unit, ""}
+    is_hand = ["hand" in name.lower() for name in known.action_names]
+    assert not any(unit for unit, hand in zip(robot.action_units, is_hand, strict=True) if hand)
     assert robot.action_rotations == robot.delta_actions == robot.velocity_actions == robot.wrapping_actions == ()
