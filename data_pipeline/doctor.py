@@ -16,12 +16,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
+from configs.fields import fields_by_key
 from configs.loader import StrictConfig, UserError, dump_config, run_command
 from configs.problems import explain, explain_refusal, suggest
 
@@ -44,6 +45,19 @@ class DoctorConfig(StrictConfig):
     kind: str = Field(default="auto", description=f"the format: {', '.join(FORMATS)}; auto: found out")
     settings: dict[str, Any] = Field(default={}, description="settings of the source, as in a build's config")
     as_json: bool = Field(default=False, alias="json", description="write the report as JSON instead of a table")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settings_have_their_section(cls, data: Any) -> Any:
+        given = data if isinstance(data, dict) else {}
+        kind = str(given.get("kind"))
+        formats = [FORMATS[kind]] if kind in FORMATS else FORMATS.values()
+        settings = {name for one in formats for name in fields_by_key(one.config)} - fields_by_key(cls).keys()
+        for key in given:
+            name = str(key).replace("-", "_")
+            if name in settings:
+                raise ValueError(f'unknown key "{key}"; did you mean settings.{name}?')
+        return data
 
 
 class ViewReport(BaseModel):
@@ -99,14 +113,22 @@ def examine(path: Path, kind: str, settings: dict[str, Any] | None = None) -> Re
     """Read every episode and sum up. UserError when the set is unusable as a whole."""
     if kind not in FORMATS:
         raise UserError(f"kind={kind}: there is no such format{suggest(kind, list(FORMATS))}.")
-    source = FORMATS[kind].open(_source_config(FORMATS[kind].config, {"path": path, **(settings or {})}))
+    config_class = FORMATS[kind].config
+    config = _source_config(config_class, {"path": path, **(settings or {})})
+    try:
+        return _report(FORMATS[kind].open(config), path, kind, settings or {})
+    except UserError as error:
+        raise UserError(_as_typed_here(str(error), config_class)) from None
+
+
+def _report(source: Source, path: Path, kind: str, settings: dict[str, Any]) -> Report:
     episode_ids = source.list_episodes()
     episodes, unreadable = _read_all(source, episode_ids)
     instructions = Counter(episode.instruction for episode in episodes if episode.instruction)
     with_actions = [episode for episode in episodes if episode.actions is not None]
     embodiment = source.embodiment()
     proposed, reasons = None, tuple[str, ...]()
-    if embodiment is not None and "embodiment" not in (settings or {}):
+    if embodiment is not None and "embodiment" not in settings:
         proposed, reasons = _propose(embodiment, with_actions)
     return Report(
         path=str(path),
@@ -127,17 +149,33 @@ def examine(path: Path, kind: str, settings: dict[str, Any] | None = None) -> Re
         embodiment=embodiment,
         proposed_embodiment=proposed,
         proposal_reasons=list(reasons),
-        notes=_notes(source),
+        notes=[_as_typed_here(note, FORMATS[kind].config) for note in _notes(source)],
         repairs=_repairs(episodes, source.repairs(), len(episode_ids)),
-        unreadable=unreadable,
+        unreadable=[
+            bad.model_copy(update={"detail": _as_typed_here(bad.detail, FORMATS[kind].config)}) for bad in unreadable
+        ],
     )
 
 
 def _source_config(config_class: type[SourceConfig], data: dict[str, Any]) -> SourceConfig:
+    """Checked inside their section, so that an error names a setting as it is typed here."""
+    section = create_model("Section", __base__=StrictConfig, settings=(config_class, ...))
     try:
-        return config_class.model_validate(data)
+        config: SourceConfig = dict(section.model_validate({"settings": data}))["settings"]
     except ValidationError as error:
-        raise UserError(explain(error, config_class, data, None, ())) from None
+        raise UserError(explain(error, section, {"settings": data}, None, ())) from None
+    return config
+
+
+def _as_typed_here(sentence: str, config_class: type[SourceConfig]) -> str:
+    """A reader's sentence names settings as a config does; what `set fps` asks for is settings.fps=VALUE here."""
+    names = sorted(fields_by_key(config_class), key=len, reverse=True)
+    setting = rf"`?\b({'|'.join(names)})\b`?"
+    sentence = re.sub(
+        rf"\bset {setting}( or {setting})?", lambda told: re.sub(setting, r"settings.\1=VALUE", told.group()), sentence
+    )
+    unmistakable = "|".join(name for name in names if "_" in name)
+    return re.sub(rf"(?<![\w./-])({unmistakable})(?![\w/=-]|\.\w)", r"settings.\1", sentence)
 
 
 def _notes(source: Source) -> list[str]:

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import h5py
+import numpy as np
 import pytest
 import yaml
 
@@ -131,7 +132,24 @@ def test_settings_are_those_of_the_source(tmp_path: Path, capsys: pytest.Capture
     assert report["notes"] == ["1 videos are left out: no annotation names them."]
     code, _, err = examine(tmp_path, capsys, "settings.anotations=captions.csv")
     assert code == 2
-    assert 'did you mean "annotations"' in err
+    assert 'did you mean "settings.annotations"' in err
+
+
+def test_messages_name_settings_as_they_are_typed_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(tmp_path / "a.npz", image=np.zeros((9, 32, 32, 3), np.uint8), action=np.zeros((9, 2), np.float32))
+    for mistaken in ("control_hz=10", "--control-hz=10"):
+        code, _, err = examine(tmp_path, capsys, mistaken)
+        assert (code, "did you mean settings.control_hz?" in err) == (2, True)
+    code, _, err = examine(tmp_path, capsys)
+    assert (code, "set settings.control_hz=VALUE." in err) == (2, True)
+    code, _, err = examine(tmp_path, capsys, "settings.control_hz=10", "settings.action_keys=[command]")
+    assert (code, "settings.action_keys has command" in err) == (2, True)
+    assert examine(tmp_path, capsys, "settings.control_hz=10")[0] == 0
+    record = {"video": "a.mp4", "actions": [[0.0, 1.0]] * 40}
+    write_video(tmp_path / "json/a.mp4", numbered_frames(range(9)))
+    (tmp_path / "json/a.json").write_text(json.dumps(record))
+    code, out, _ = examine(tmp_path / "json", capsys, "--json")
+    assert "set settings.control_hz=VALUE or settings.fps=VALUE" in json.loads(out)["unreadable"][0]["detail"]
 
 
 def test_the_layout_is_completed_by_what_the_numbers_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
