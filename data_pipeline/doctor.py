@@ -89,6 +89,7 @@ class Report(BaseModel):
     action_dim: int | None
     proprio_dim: int | None
     control_hz: float | None
+    num_unread_lists: int  # of numbers, in JSON: they may be the actions
     num_with_instruction: int
     instructions: list[str]  # a few, the most common first
     embodiment: Embodiment | None  # as the source has it
@@ -144,6 +145,7 @@ def _report(source: Source, path: Path, kind: str, settings: dict[str, Any]) -> 
         action_dim=embodiment.action_dim if embodiment else None,
         proprio_dim=embodiment.proprio_dim if embodiment else None,
         control_hz=embodiment.control_hz if embodiment else None,
+        num_unread_lists=len(source.unread_lists()) if isinstance(source, VideoJsonSource) else 0,
         num_with_instruction=instructions.total(),
         instructions=[text for text, _ in instructions.most_common(5)],
         embodiment=embodiment,
@@ -261,7 +263,7 @@ def show(report: Report, console: Console) -> None:
     if report.views:
         console.print(_view_table(report))
     for note in report.notes:
-        console.print(Text(f"\nnote: {note}"))
+        console.print(Text(f"\nnote: {note}"), soft_wrap=True)  # its settings are copied
     if report.repairs:
         lines = [(repair.sentence, f"{repair.num_episodes}") for repair in report.repairs]
         console.print(_lines("repairs made while reading", "episodes", lines))
@@ -282,22 +284,27 @@ def _summary(report: Report) -> Table:
     table = Table(show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    actions = (
-        f"{report.action_dim} values at {report.control_hz:g} Hz" if report.embodiment else "none (action-free video)"
-    )
     rows: dict[str, Any] = {
         "format": f"{report.format} (kind: {report.kind})",
         "episodes": f"{report.num_episodes}, all readable"
         if not report.unreadable
         else f"{report.num_episodes}, {len(report.unreadable)} of them cannot be read",
         "frames": f"{report.num_frames} ({_duration(report.duration_s)})",
-        "actions": actions,
+        "actions": _actions(report),
         "proprio": f"{report.proprio_dim} values" if report.proprio_dim else "none",
         "instructions": _instructions(report),
     }
     for name, value in rows.items():
         table.add_row(name, Text(str(value)))
     return table
+
+
+def _actions(report: Report) -> str:
+    if report.embodiment:
+        return f"{report.action_dim} values at {report.control_hz:g} Hz"
+    if report.num_unread_lists:
+        return f"none read: choose with settings.action_keys ({report.num_unread_lists} lists found, see note)"
+    return "none (action-free video)"
 
 
 def _duration(seconds: float) -> str:

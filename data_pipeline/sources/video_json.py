@@ -50,6 +50,7 @@ SUCCESS_KEYS = ("success", "is_success")
 
 _MAX_PEEK_BYTES = 64 * 2**20  # of a file that is only opened to see whether it names videos
 _MAX_ROBOT_PEEKS = 50  # records looked at for the robot's layout
+_MAX_RATE_PEEKS, _MAX_HZ = 10, 1000  # records and rates tried to find out how fast the actions came
 
 
 class VideoJsonConfig(SourceConfig):
@@ -107,20 +108,22 @@ class VideoJsonSource:
         return ()
 
     def notes(self) -> list[str]:
+        """Which lists of numbers nothing reads, and settings to copy where there are no actions yet."""
+        left = self.unread_lists()
+        if not left:
+            return []
+        note = f"Lists of numbers that are not read: {', '.join(left)}; action_keys and proprio_keys choose"
+        settings = self._suggested_settings(left) if self._recorded_embodiment is None else ""
+        return [f"{note}, for example {settings}" if settings else f"{note}."]
+
+    def unread_lists(self) -> list[str]:
         """The lists of numbers in the first readable record that are neither actions nor proprio."""
-        for entry in list(self._entries.values())[:_MAX_ROBOT_PEEKS]:
-            try:
-                record = Record(self._root, entry)
-            except SourceError:
-                continue
+        for record in self._first_records(1):
             used = {
                 *_found_keys(record, self._config.action_keys, ACTION_KEYS),
                 *_found_keys(record, self._config.proprio_keys, PROPRIO_KEYS),
             }
-            left = [key for key, value in record.data.items() if key not in used and _is_matrix(value)]
-            if left:
-                return [f"Lists of numbers that are not read: {', '.join(left)}; action_keys and proprio_keys choose."]
-            break
+            return [key for key, value in record.data.items() if key not in used and _is_matrix(value)]
         return []
 
     def embodiment(self) -> Embodiment | None:
@@ -203,6 +206,47 @@ class VideoJsonSource:
     def _success(self, record: Record) -> bool | None:
         value = _found_value(record, self._config.success_key, SUCCESS_KEYS)
         return bool(value) if isinstance(value, bool | int | float) else None
+
+    def _first_records(self, count: int) -> Iterator[Record]:
+        """The first readable ones."""
+        for entry in list(self._entries.values())[:_MAX_ROBOT_PEEKS]:
+            try:
+                record = Record(self._root, entry)
+            except SourceError:
+                continue
+            yield record
+            count -= 1
+            if not count:
+                return
+
+    def _suggested_settings(self, keys: list[str]) -> str:
+        """The first list that is named after actions, its gripper, their proprio, and the rate where it is clear."""
+        actions = [key for key in keys if "action" in key.lower()]
+        actions = [key for key in actions if key == actions[0] or "gripper" in key.lower()]
+        if not actions:
+            return ""
+        ends = [f".{key.rpartition('.')[2]}" for key in actions]
+        proprio = [key for end in ends for key in keys if key.endswith(end) and key not in actions]
+        settings = [f"settings.action_keys='[{', '.join(actions)}]'"]
+        settings += [f"settings.proprio_keys='[{', '.join(proprio)}]'"] if len(proprio) == len(actions) else []
+        rate = self._whole_rate(actions)
+        return " ".join([*settings, *([f"settings.control_hz={rate}"] if rate else [])])
+
+    def _whole_rate(self, keys: list[str]) -> int | None:
+        """The only whole number of rows per second that fits all videos; None where one row goes with each frame."""
+        rates = set(range(1, _MAX_HZ + 1))
+        has_frame_rate = True
+        for record in self._first_records(_MAX_RATE_PEEKS):
+            try:
+                videos = self._videos(record)
+                infos = {view: _probe(path) for view, path in videos.items()}
+                fps, num_frames, _ = _on_one_clock(videos, infos, record.number(self._config.fps))
+                num_rows = len(record.matrix(keys))
+            except SourceError:
+                continue
+            rates = {hz for hz in rates if _lasts_as_long(num_rows / hz, num_frames / fps, fps, hz)}
+            has_frame_rate &= _lasts_as_long(num_rows / fps, num_frames / fps, fps, fps)
+        return rates.pop() if len(rates) == 1 and not has_frame_rate else None
 
     @cached_property
     def _recorded_embodiment(self) -> Embodiment | None:
@@ -316,10 +360,14 @@ def _on_one_clock(
     return fps, min(lengths), views
 
 
-def _check_duration(record: Record, control_s: float, video_s: float, fps: float, control_hz: float) -> None:
+def _lasts_as_long(control_s: float, video_s: float, fps: float, control_hz: float) -> bool:
     """n frames go with n rows or n - 1: none follows the last frame. More difference means that a rate is wrong."""
     slack = max(2 / control_hz, 0.02 * video_s)
-    if not video_s - 1 / fps - slack <= control_s <= video_s + slack:
+    return video_s - 1 / fps - slack <= control_s <= video_s + slack
+
+
+def _check_duration(record: Record, control_s: float, video_s: float, fps: float, control_hz: float) -> None:
+    if not _lasts_as_long(control_s, video_s, fps, control_hz):
         raise SourceError(
             "frame_count_mismatch",
             record.where,

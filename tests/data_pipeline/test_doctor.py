@@ -1,4 +1,5 @@
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,31 @@ def test_actions_beside_a_video_are_told(tmp_path: Path, capsys: pytest.CaptureF
     code, out, _ = examine(tmp_path, capsys, "--json", *advice)  # what the note says
     report = json.loads(out)
     assert (code, report["action_dim"], report["instructions"], report["notes"]) == (0, 2, ["go"], [])
+
+
+def test_settings_to_copy_for_lists_that_nothing_reads(shared_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = shared_data / "ctrlworld_droid"
+    code, out, _ = examine(path, capsys)
+    assert (code, "none read: choose with settings.action_keys (7 lists found, see note)" in out) == (0, True)
+    (note,) = [line for line in out.splitlines() if line.startswith("note: Lists of numbers")]
+    advice = shlex.split(note.partition("for example ")[2])
+    assert advice[0] == "settings.action_keys=[action.cartesian_position, action.gripper_position]"
+    assert advice[-1] == "settings.control_hz=15"
+    report = json.loads(examine(path, capsys, "--json", *advice)[1])  # what the note says
+    assert (report["num_with_actions"], report["action_dim"], report["proprio_dim"]) == (11, 7, 7)
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "num_rows", "rate"),
+    [(90, 90, None), (90, 89, None), (90, 270, "30"), (90, 268, "30"), (9, 27, None)],
+)
+def test_a_rate_is_told_where_it_is_clear(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], num_frames: int, num_rows: int, rate: str | None
+) -> None:
+    write_video(tmp_path / "a.mp4", numbered_frames(range(num_frames)))
+    (tmp_path / "a.json").write_text(json.dumps({"video": "a.mp4", "arm_action": [[0.0, 1.0]] * num_rows}))
+    (note,) = notes(tmp_path, capsys)
+    assert note.partition("settings.action_keys='[arm_action]'")[2] == (f" settings.control_hz={rate}" if rate else "")
 
 
 def test_a_plain_folder_has_no_notes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
