@@ -254,6 +254,11 @@ def _repairs(episodes: list[Episode], of_the_set: tuple[str, ...], num_episodes:
     return group_repairs(episode.repairs for episode in episodes)
 
 
+def _pattern(sentence: str) -> str:
+    """What sentences share that differ only in their numbers."""
+    return re.sub(r"\d+(\.\d+)?", "#", sentence)
+
+
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
@@ -268,8 +273,7 @@ def show(report: Report, console: Console) -> None:
         lines = [(repair.sentence, f"{repair.num_episodes}") for repair in report.repairs]
         console.print(_lines("repairs made while reading", "episodes", lines))
     if report.unreadable:
-        lines = [(f"{bad.where}: {bad.detail}", f"{bad.episode}\n{bad.reason}") for bad in report.unreadable]
-        console.print(_lines("episodes that cannot be read", "episode, reason", lines))
+        console.print(_lines("episodes that cannot be read", "episode, reason", _by_reason(report.unreadable)))
     layout = report.proposed_embodiment or report.embodiment
     if layout is not None:
         block = dump_config(layout).rstrip().replace("\n", "\n  ")
@@ -333,6 +337,19 @@ def _view_table(report: Report) -> Table:
         sizes = ", ".join(found.sizes[:4]) + (" …" if len(found.sizes) > 4 else "")
         table.add_row(view, ", ".join(found.codecs), sizes, rates, str(found.num_files), str(found.num_frames))
     return table
+
+
+def _by_reason(unreadable: list[Unreadable]) -> list[tuple[str, str]]:
+    """One line for all episodes whose sentence differs only in its numbers."""
+    alike: dict[tuple[str, str], list[Unreadable]] = {}
+    for bad in unreadable:
+        alike.setdefault((bad.reason, _pattern(bad.detail)), []).append(bad)
+    lines = []
+    for first, *others in alike.values():
+        what = f"{first.detail}\nfirst: {first.episode}, {first.where}" if others else f"{first.where}: {first.detail}"
+        who = f"{len(others) + 1} episodes: {first.reason}" if others else f"{first.episode}\n{first.reason}"
+        lines.append((what, who))
+    return lines
 
 
 def _lines(title: str, second: str, lines: list[tuple[str, str]]) -> Table:

@@ -257,3 +257,12 @@ def test_a_pose_that_looks_partly_like_deltas_is_left_to_a_person(
     report = json.loads(out)
     assert report["proposed_embodiment"]["delta_actions"] == []
     assert any("Actions 0-5 look partly like deltas: decide" in reason for reason in report["proposal_reasons"])
+
+
+def test_episodes_that_fail_alike_are_told_once(shared_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = shared_data / "robosuite_demo_hdf5"
+    report = json.loads(examine(path, capsys, "--json")[1])
+    code, out, _ = examine(path, capsys)
+    assert (code, out.count("it holds no pictures")) == (1, 1)
+    assert f"{len(report['unreadable'])} episodes: no_images" in out
+    assert len({bad["episode"] for bad in report["unreadable"]}) == report["num_episodes"] > 1
