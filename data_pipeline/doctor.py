@@ -11,6 +11,7 @@ for example 'settings.action_keys=[actions]'. Exit code 0: all readable; 1: some
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -28,7 +29,7 @@ from configs.problems import explain, explain_refusal, suggest
 
 from .embodiment_proposal import propose_embodiment
 from .embodiments import Embodiment
-from .repairs import Repair, group_repairs
+from .repairs import Repair, group_repairs, kind_of
 from .sources import FORMATS, Episode, Footage, Source, SourceConfig, SourceError, detect_kind
 from .sources.base import FootageInfo, printable
 from .sources.ros import RosSource
@@ -254,11 +255,6 @@ def _repairs(episodes: list[Episode], of_the_set: tuple[str, ...], num_episodes:
     return group_repairs(episode.repairs for episode in episodes)
 
 
-def _pattern(sentence: str) -> str:
-    """What sentences share that differ only in their numbers."""
-    return re.sub(r"\d+(\.\d+)?", "#", sentence)
-
-
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
@@ -343,7 +339,7 @@ def _by_reason(unreadable: list[Unreadable]) -> list[tuple[str, str]]:
     """One line for all episodes whose sentence differs only in its numbers."""
     alike: dict[tuple[str, str], list[Unreadable]] = {}
     for bad in unreadable:
-        alike.setdefault((bad.reason, _pattern(bad.detail)), []).append(bad)
+        alike.setdefault((bad.reason, kind_of(bad.detail)), []).append(bad)
     lines = []
     for first, *others in alike.values():
         what = f"{first.detail}\nfirst: {first.episode}, {first.where}" if others else f"{first.where}: {first.detail}"

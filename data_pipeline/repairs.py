@@ -6,8 +6,13 @@ from collections.abc import Iterable, Sequence
 
 from configs.loader import StrictConfig
 
-NUMBERS = re.compile(r"\d+(\.\d+)?(, \d+(\.\d+)?)*( …)?")
+_NUMBERS = re.compile(r"\d+(\.\d+)?(, \d+(\.\d+)?)*( …)?")
 """One number or a list of them: `Shot cuts at 1.20, 3.45 s` is of a kind with one cut."""
+
+
+def kind_of(sentence: str) -> str:
+    """What sentences share that differ only in their numbers."""
+    return _NUMBERS.sub("#", sentence)
 
 
 class Repair(StrictConfig):
@@ -22,7 +27,7 @@ def group_repairs(episodes: Iterable[Sequence[str]]) -> list[Repair]:
     examples: dict[str, str] = {}
     counts: Counter[str] = Counter()
     for sentences in episodes:
-        kinds = {NUMBERS.sub("#", sentence): sentence for sentence in sentences}
+        kinds = {kind_of(sentence): sentence for sentence in sentences}
         counts.update(kinds.keys())
         for kind, sentence in kinds.items():
             examples.setdefault(kind, sentence)
