@@ -98,30 +98,27 @@ def propose_embodiment(
     `actions` and `proprio` hold one array per episode, row by row on the same clock; a few hundred rows are enough.
     """
     action, state = _parts(recorded, actions, proprio)
-    why: list[str] = []
-    why += _find_rotations(action)
-    why += _find_rotations(state)
-    why += _pair_rotations(action, state, {*recorded.delta_actions, *recorded.velocity_actions})
+    known_moves = {*recorded.delta_actions, *recorded.velocity_actions}
+    why = [*_find_rotations(action), *_find_rotations(state), *_pair_rotations(action, state, known_moves)]
     grippers = [*recorded.gripper_actions] or _find_grippers(action, why)
     kinds = _find_kinds(action, state, recorded, {*grippers}, why)
-    joints = {
-        "action": [*recorded.joint_actions] or [i for i in action.matching(_JOINT_WORDS) if i not in grippers],
-        "proprio": [*recorded.joint_proprio]
-        or [i for i in state.matching(_JOINT_WORDS) if not _GRIPPER_WORDS.search(state.words(i))],
-    }
-    moving = {*grippers, *kinds["delta"], *kinds["velocity"], *recorded.delta_actions, *recorded.velocity_actions}
-    _guess_units(action, joints["action"], moving)
-    _guess_units(state, joints["proprio"], set())
-    wrapping_actions = [*recorded.wrapping_actions] or _find_wrapping(action, joints["action"], moving, why)
-    wrapping_proprio = [*recorded.wrapping_proprio] or _find_wrapping(state, joints["proprio"], set(), why)
+    named_joints = [i for i in state.matching(_JOINT_WORDS) if not _GRIPPER_WORDS.search(state.words(i))]
+    joint_proprio = [*recorded.joint_proprio] or named_joints
+    named_joints = [i for i in action.matching(_JOINT_WORDS) if i not in grippers]
+    joint_actions = [*recorded.joint_actions] or named_joints
+    moving = {*grippers, *kinds["delta"], *kinds["velocity"], *known_moves}
+    _guess_units(action, joint_actions, moving)
+    _guess_units(state, joint_proprio, set())
+    wrapping_actions = [*recorded.wrapping_actions] or _find_wrapping(action, joint_actions, moving, why)
+    wrapping_proprio = [*recorded.wrapping_proprio] or _find_wrapping(state, joint_proprio, set(), why)
     guessed = {
         "action_units": _units(action),
         "proprio_units": _units(state),
         "gripper_actions": grippers,
         "delta_actions": kinds["delta"],
         "velocity_actions": kinds["velocity"],
-        "joint_actions": joints["action"],
-        "joint_proprio": joints["proprio"],
+        "joint_actions": joint_actions,
+        "joint_proprio": joint_proprio,
         "wrapping_actions": wrapping_actions,
         "wrapping_proprio": wrapping_proprio,
         "action_rotations": action.rotations,
@@ -282,7 +279,7 @@ def _pair_rotations(action: _Part, state: _Part, known_moves: set[int]) -> Itera
                 yield f"{other.called(slots)}: {one.format} too, because its names are the same."
             else:
                 part.rotations.remove(one)
-                yield f"{part.called(one.slots)} is no rotation after all: these names are none in {other.what}."
+                yield f"{part.called(one.slots)} is no rotation after all: {other.what} has these names not as one."
 
 
 # --- other kinds --------------------------------------------------------------------------------------------------
