@@ -367,7 +367,7 @@ def test_a_source_without_its_kind_is_told_how_to_find_it(tmp_path):
     ):
         for name in ("robot", "embodiment", "path"):  # the latter are settings of a source, too
             path.write_text(f"out: x\nsources: {{{name}: {source}}}\n")
-            with pytest.raises(UserError, match=sentence.replace("robot", name)):
+            with pytest.raises(UserError, match=sentence.replace(r"\.robot", rf"\.{name}")):
                 load_config(BuildConfig, path)
 
 
