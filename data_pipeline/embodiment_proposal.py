@@ -413,7 +413,10 @@ def _find_wrapping(part: _Part, joints: Sequence[int], moving: set[int], why: li
 def _guess_units(part: _Part, joints: Sequence[int], moving: set[int]) -> None:
     """Of joint and position targets that were seen to move."""
     joints = [slot for slot in joints if slot not in moving and not _has_own_scale(part, slot)]
-    positions = [slot for slot in part.matching(_POSE_WORDS) if slot not in moving and not _has_own_scale(part, slot)]
+    positions = [slot for slot in part.matching(_POSE_WORDS) if slot not in moving]
+    positions = [slot for slot in positions if not _HAND_WORDS.search(part.words(slot))]
+    if all(_has_own_scale(part, slot) for slot in positions):  # an arm may well stay within 0 to 1 m of one axis
+        positions = []
     unit = "deg" if part.biggest(joints) > 1.5 * _TURNS["rad"] else "rad"  # one robot, one unit
     for slot in joints:
         if part.biggest([slot]) < 1.5 * _TURNS[unit]:  # else a motor's own steps, or per cent

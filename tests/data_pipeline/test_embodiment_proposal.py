@@ -104,6 +104,13 @@ def test_units_are_left_open_where_a_scale_is_its_own():
     assert reason.startswith("units of action 0-1: rad, because") and reason.endswith("check.")
 
 
+def test_positions_have_one_unit():
+    rng = np.random.default_rng(0)
+    rows = np.column_stack([rng.uniform(size=80), rng.uniform(-1, 1, 80), rng.uniform(size=80)])
+    assert propose(rows, action_names=XYZ)[0].action_units == ("m", "m", "m")
+    assert propose(np.abs(rows), action_names=XYZ)[0].action_units is None
+
+
 def test_units_are_not_guessed_for_deltas_and_velocities():
     robot, why = propose(walk(np.random.default_rng(0), 80, 2), action_names=("delta_x", "joint_0_vel"))
     assert robot.action_units is None and not any(sentence.startswith("units") for sentence in why)
