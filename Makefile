@@ -23,7 +23,7 @@ demo: .venv/.ready
 # A test file per core, all its tests on one: they share what is slow to make. Many start processes of their own.
 .PHONY: test
 test: .venv/.ready
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON_IN_VENV) -m pytest -n logical --maxprocesses 8 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON_IN_VENV) -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 .PHONY: lint
 lint: .venv/.ready

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from stat import S_ISREG
 
 import av
 import numpy as np
@@ -102,8 +101,6 @@ def file_identity(path: PathLike) -> tuple[str, int, int]:
         stat = os.stat(path)
     except OSError as error:
         raise VideoError("missing_video", path, "there is no such file") from error
-    if not S_ISREG(stat.st_mode):  # a pipe would be waited for
-        raise VideoError("not_a_video", path, "it is no file but a folder, a pipe or a device")
     return os.fspath(path), stat.st_size, stat.st_mtime_ns
 
 
@@ -250,6 +247,8 @@ def open_video(path: PathLike) -> Iterator[InputContainer]:
 
 
 def open_container(path: PathLike) -> InputContainer:
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+        raise VideoError("not_a_video", path, "it is no file but a folder, a pipe or a device")
     try:
         return av.open(os.fspath(path), "r", options=dict(OPEN_OPTIONS), metadata_errors="replace")
     except (av.FFmpegError, OSError, ValueError) as error:
