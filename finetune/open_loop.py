@@ -19,9 +19,9 @@ from pydantic import Field
 
 from configs.loader import StrictConfig, UserError
 from data_pipeline.align import spans_mask
+from data_pipeline.clips import ClipConfig, ClipDataset, collate
 from data_pipeline.dataset import DatasetFolder, Split
 from data_pipeline.dataset_index import DatasetIndex
-from data_pipeline.loader import ClipDataset, LoaderConfig, collate
 from data_pipeline.sample import SampleMeta, read_array
 from data_pipeline.video_io import decode_clip
 from pretrain.evaluate import check_same_codec, check_same_robot
@@ -178,8 +178,8 @@ def _predict_policy(
     check_same_robot(index, embodiment, trained_on, needs_proprio=True)
     policy = Policy.load(checkpoint, blind=is_blind)
     resolve(policy.config.world_model, index)
-    loader = LoaderConfig(dataset=index.path, load_video=is_blind, **policy.config.inputs.model_dump())
-    dataset = ClipDataset(index, loader)
+    config = ClipConfig(load_video=is_blind, **policy.config.inputs.model_dump())
+    dataset = ClipDataset(index, config)
     chunks = []
     for start in range(0, len(clips.positions), batch_size):
         batch = collate([dataset[i] for i in clips.positions[start : start + batch_size].tolist()])

@@ -15,9 +15,9 @@ from pydantic import Field
 from torch import Tensor
 
 from configs.loader import StrictConfig, UserError
+from data_pipeline.clips import InputConfig
 from data_pipeline.dataset import DatasetFolder
 from data_pipeline.encoders import pad_text
-from data_pipeline.loader import InputConfig
 from data_pipeline.video_io import prepare_view
 from pretrain.exported import load_model_config, load_weights
 from pretrain.world_models.base import Batch

@@ -20,9 +20,9 @@ import torch
 from pydantic import Field
 
 from configs.loader import StrictConfig, UserError, run_command
+from data_pipeline.clips import ClipConfig, ClipDataset, InputConfig, collate
 from data_pipeline.dataset import DatasetFolder
 from data_pipeline.dataset_index import DatasetIndex
-from data_pipeline.loader import ClipDataset, InputConfig, LoaderConfig, collate
 from data_pipeline.video_quality import PixelError, moving_pixels
 
 from .exported import load_world_model
@@ -111,7 +111,7 @@ def validation_batches(
         )
     chosen = indices[np.unique(np.linspace(0, len(indices) - 1, min(max_clips, len(indices))).round().astype(int))]
     chosen = np.random.default_rng(seed).permutation(chosen)
-    clips = ClipDataset(index, LoaderConfig(dataset=index.path, load_video=True, **inputs.model_dump()))
+    clips = ClipDataset(index, ClipConfig(load_video=True, **inputs.model_dump()))
     # The last batch takes the remainder, so that no clip is alone: its actions could not be shuffled.
     for part in np.array_split(chosen, max(1, len(chosen) // batch_size)):
         yield collate([clips[position] for position in part.tolist()])

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from configs.loader import StrictConfig, UserError, load_config
+from data_pipeline.clips import InputConfig
 from data_pipeline.dataset import DatasetFolder
-from data_pipeline.loader import InputConfig
 
 from .world_models.observation_space import ObservationSpaceConfig, ObservationSpaceWorldModel
 

@@ -265,7 +265,7 @@ def resolve(config: ObservationSpaceConfig, dataset: DatasetIndex) -> Observatio
             f"model.video.patch_size={list(video.patch_size)} does not divide the {config.context_latent_frames} "
             f"context frames and the {frames} latent frames of the clips in {dataset.path}; let it begin with 1."
         )
-    action_dim = max(dataset.action_dim, 1)  # batches are at least so wide, see `data_pipeline.loader`
+    action_dim = max(dataset.action_dim, 1)  # batches are at least so wide, see `data_pipeline.clips`
     for name, given, found in (
         ("action_dim", config.action_dim, action_dim),
         ("actions_per_latent", config.actions_per_latent, dataset.actions_per_latent),

@@ -13,8 +13,8 @@ import torch
 import yaml
 
 from configs.loader import UserError
+from data_pipeline.clips import InputConfig
 from data_pipeline.dataset_index import DatasetIndex
-from data_pipeline.loader import InputConfig
 from finetune.baselines import BehaviourCloningConfig, NetworkConfig
 from finetune.baselines import main as train_behaviour_cloning
 from finetune.evaluate import EvaluateConfig, main, open_loop_table
