@@ -3,7 +3,7 @@
 #
 #   ./setup.sh                     both
 #   ./setup.sh --system-packages   the Debian libraries only
-#   ./setup.sh --test-packages     those, and a browser that the tests open reports in (they skip without one)
+#   ./setup.sh --test-packages     those, and what some tests skip without: a browser to open reports in, ffmpeg
 #
 # Environment:  PYTHON           the interpreter to build .venv from (default: the first python3 that is >= 3.11)
 #               TORCH_INDEX_URL  where pip takes torch from, for example a CPU-only or a CUDA 13 wheel index
@@ -55,8 +55,10 @@ missing_packages() {
     is_installed libgl1-mesa-dri gallium || compgen -G '/usr/lib*/*/dri/swrast_dri.so' >/dev/null || echo libgl1-mesa-dri
     is_installed libglfw3 glfw.so.3 || echo libglfw3
     is_installed libglib2.0-0 glib-2.0.so.0 || echo libglib2.0-0
+    $FOR_TESTS || return 0
+    command -v ffmpeg >/dev/null || echo ffmpeg
     # Ubuntu's package of this name is a snap, which does not run in containers.
-    if $FOR_TESTS && grep -qx 'ID=debian' /etc/os-release; then
+    if grep -qx 'ID=debian' /etc/os-release; then
         command -v chromium >/dev/null || echo chromium
     fi
 }
