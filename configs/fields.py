@@ -85,8 +85,7 @@ def field_at(config_class: type[BaseModel], location: Sequence[str | int]) -> Fi
 def literal_values(config_class: type[BaseModel]) -> set[Any]:
     """Values of fields that allow just one, such as `kind: Literal["lerobot"]`: they tell union members apart."""
     annotations = [field.annotation for field in config_class.model_fields.values()]
-    literals = [get_args(annotation) for annotation in annotations if get_origin(annotation) is Literal]
-    return {values[0] for values in literals if len(values) == 1}
+    return {get_args(annotation)[0] for annotation in annotations if _is_tag(annotation)}
 
 
 def type_text(annotation: Any, metadata: Sequence[Any] = ()) -> str:
@@ -137,7 +136,10 @@ def summarise_fields(
     defaults: BaseModel | None = None,
     parents: tuple[type[BaseModel], ...] = (),
 ) -> Iterator[FieldSummary]:
-    """Every setting of a config class, sections opened in place; `to_text` writes a default value as YAML."""
+    """Every setting of a config class, sections opened in place; `to_text` writes a default value as YAML.
+
+    Where one of several sections may stand, what they share comes once, and each one's own after the tag that names it.
+    """
     for name, field in config_class.model_fields.items():
         key = prefix + key_of(name, field)
         default = getattr(defaults, name) if defaults is not None else _default_value(field)
@@ -146,17 +148,35 @@ def summarise_fields(
         default_text = "" if is_section else None if _is_required(field, defaults) else to_text(default)
         if nested and field.annotation in nested and _is_required(field, defaults):
             default_text = ""  # a plain section: what is required inside says so itself
+        if _is_tag(field.annotation):
+            default_text = ""  # its type has said it
         yield FieldSummary(key, type_text(field.annotation, field.metadata), default_text, field.description or "")
-        for cls in nested:
-            if cls in parents or cls is config_class:
-                continue  # a class that contains itself is shown once
-            yield from summarise_fields(
-                cls,
-                to_text,
-                prefix=f"{key}{_placeholder(field.annotation)}.",
-                defaults=default if isinstance(default, cls) else None,
-                parents=(*parents, config_class),
+        sections = [
+            list(
+                summarise_fields(
+                    cls,
+                    to_text,
+                    prefix=f"{key}{_placeholder(field.annotation)}.",
+                    defaults=default if isinstance(default, cls) else None,
+                    parents=(*parents, config_class),
+                )
             )
+            for cls in nested
+            if cls not in (*parents, config_class)  # a class that contains itself is shown once
+        ]
+        yield from _common_first(sections)
+
+
+def _common_first(sections: Sequence[Sequence[FieldSummary]]) -> Iterator[FieldSummary]:
+    """Of sections that may stand in one place: once what all of them have, then what each has of its own."""
+    common = set.intersection(*map(set, sections)) if len(sections) > 1 else set()
+    yield from dict.fromkeys(summary for section in sections for summary in section if summary in common)
+    for section in sections:
+        yield from (summary for summary in section if summary not in common)
+
+
+def _is_tag(annotation: Any) -> bool:
+    return get_origin(annotation) is Literal and len(get_args(annotation)) == 1
 
 
 def _is_required(field: FieldInfo, defaults: BaseModel | None) -> bool:

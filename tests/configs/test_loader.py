@@ -426,6 +426,18 @@ def test_help_lists_every_setting(capsys):
         assert expected in out, expected
 
 
+def test_help_shows_once_what_sections_share(capsys):
+    """And each one's own after the tag that names it."""
+    assert run("--help") == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("  sources.0.")]
+    assert lines == [
+        "sources.0.path: path, required",
+        "sources.0.kind: folder",
+        "sources.0.kind: robot",
+        "sources.0.licence: text | null, default null",
+    ]
+
+
 def test_a_class_inside_itself_is_shown_once(capsys):
     class Tree(StrictConfig):
         name: str = "leaf"

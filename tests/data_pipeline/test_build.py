@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 
+from configs.fields import summarise_fields
 from configs.loader import UserError, dump_config, load_config
 from data_pipeline import build, ray_job
 from data_pipeline.build import BuildConfig
@@ -23,6 +24,7 @@ from data_pipeline.dataset_index import DatasetIndex
 from data_pipeline.encoders import VideoCodecConfig
 from data_pipeline.loader import Loader, LoaderConfig
 from data_pipeline.sample import Sample
+from data_pipeline.sources import FORMATS
 from data_pipeline.verify import verify
 from data_pipeline.video_io import decode_clip
 from tests.data_pipeline.recordings import numbered_frames, read_numbers, write_lerobot_v21, write_video
@@ -356,6 +358,13 @@ def test_the_configs_load(path, tmp_path):
     config = load_config(BuildConfig, path)
     (tmp_path / "again.yaml").write_text(dump_config(config))
     assert load_config(BuildConfig, tmp_path / "again.yaml") == config
+
+
+def test_the_help_can_be_read():
+    """What all kinds of sources have in common comes once."""
+    keys = [summary.key for summary in summarise_fields(BuildConfig, str)]
+    assert keys.count("sources.NAME.embodiment.pose_frame") == keys.count("sources.NAME.licence") == 1
+    assert keys.count("sources.NAME.kind") == len(FORMATS) and len(keys) < 200
 
 
 def test_a_source_without_its_kind_is_told_how_to_find_it(tmp_path):
