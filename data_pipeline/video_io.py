@@ -23,8 +23,10 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.container import InputContainer
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange
+from av.video.stream import VideoStream
 from PIL import Image
 from pydantic import Field, PositiveInt, field_validator
 
@@ -140,8 +142,13 @@ def _decode(
     with _reader(path, index) as reader:
         for row, position in enumerate(wanted.tolist()):
             converter.convert(reader.frame(position), frames[row])
-    is_already_in_order = len(wanted) == len(positions) and bool(np.all(wanted == positions))
-    return frames if is_already_in_order else frames[row_of_position]
+    return _as_asked(frames, row_of_position)
+
+
+def _as_asked(frames: np.ndarray, row_of_position: np.ndarray) -> np.ndarray:
+    """Each wanted frame once, in order -> as often and in the order that they were asked for."""
+    is_already = np.array_equal(row_of_position, np.arange(len(frames)))
+    return frames if is_already else frames[row_of_position]
 
 
 def decode_at_times(path: PathLike, times_s: Sequence[float] | np.ndarray) -> np.ndarray:
@@ -149,24 +156,48 @@ def decode_at_times(path: PathLike, times_s: Sequence[float] | np.ndarray) -> np
     return decode_frames(path, frame_indices_at(path, times_s))
 
 
-def decode_clip(data: bytes) -> np.ndarray:
-    """All frames of a clip in memory, as `encode_video` made it and shards hold it: uint8 RGB [f h w 3]."""
+def decode_clip(data: bytes, positions: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
+    """Frames of a clip in memory, as `encode_video` made it and shards hold it: uint8 RGB [f h w 3].
+
+    All of them, or those at these positions (any order, repeats allowed): decoding begins at the keyframe before the
+    first of them and ends with the last.
+    """
     try:
         with av.open(io.BytesIO(data), "r", options=dict(OPEN_OPTIONS)) as container:
             stream = video_stream(container, "clip")
+            wanted, row_of_position = np.unique(
+                np.arange(stream.frames) if positions is None else np.asarray(positions), return_inverse=True
+            )
             frames = np.empty((0, 0, 0, 3), dtype=np.uint8)
             row = 0
-            for frame in container.decode(stream):
+            for number, frame in _numbered_frames(container, stream, int(wanted[0])):
+                if number < wanted[row]:
+                    continue
+                if number > wanted[row]:
+                    break
                 if row == 0:
                     converter = RgbConverter(Picture.of(frame, stream))
-                    frames = np.empty((stream.frames, *converter.shape), dtype=np.uint8)
+                    frames = np.empty((len(wanted), *converter.shape), dtype=np.uint8)
                 converter.convert(frame, frames[row])
                 row += 1
-            if row < stream.frames or row == 0:
-                raise VideoError("truncated_video", "clip", f"{row} of its {stream.frames} frames decode")
-            return frames
+                if row == len(wanted):
+                    return _as_asked(frames, row_of_position)
+            raise VideoError("truncated_video", "clip", f"{row} of the {len(wanted)} wanted frames decode")
     except (av.FFmpegError, IndexError) as error:
         raise VideoError("undecodable_video", "clip", str(error)) from error
+
+
+def _numbered_frames(container: InputContainer, stream: VideoStream, first: int) -> Iterator[tuple[int, VideoFrame]]:
+    """A clip's frames from the last keyframe before frame `first` on; their constant rate tells their numbers."""
+    time_base, rate = stream.time_base, stream.average_rate
+    if time_base is None or rate is None:
+        raise VideoError("undecodable_video", "clip", "it states no frame rate")
+    start = stream.start_time or 0
+    if first >= GOP:
+        container.seek(start + round(first / rate / time_base), stream=stream)
+    for frame in container.decode(stream):
+        if frame.pts is not None:
+            yield round((frame.pts - start) * time_base * rate), frame
 
 
 def frame_indices_at(path: PathLike, times_s: Sequence[float] | np.ndarray) -> np.ndarray:

@@ -233,7 +233,7 @@ def collect_frames(
                 wanted.append(frame)
         if not wanted:
             continue
-        images.append(decode_clip(members[f"{view}.mp4"])[wanted])
+        images.append(decode_clip(members[f"{view}.mp4"], wanted))
         proprios += [proprio[frame * step] for frame in wanted]
         chunks += [actions[frame * step : frame * step + action_horizon] for frame in wanted]
         instructions += [meta.instruction or ""] * len(wanted)

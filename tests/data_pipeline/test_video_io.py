@@ -1,7 +1,9 @@
 import io
 import pickle
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipeline import video_io
 from data_pipeline.video_io import (
     VideoError,
     ViewConfig,
@@ -312,6 +315,34 @@ def test_clips_have_closed_short_gops_and_a_constant_rate(num_frames: int, gop: 
         assert len(set(np.diff([packet.pts for packet in packets]))) <= 1
         assert float(stream.average_rate) == pytest.approx(fps)
     assert read_numbers(decode_clip(data)) == list(range(num_frames))
+
+
+@settings(max_examples=25)
+@given(
+    wanted=st.lists(st.integers(0, 24), min_size=1, max_size=6),
+    gop=st.integers(1, 12),
+    fps=st.sampled_from([5, 12.5, 24000 / 1001, 30]),
+)
+def test_wanted_frames_of_a_clip_are_those_of_the_whole(wanted: list[int], gop: int, fps: float) -> None:
+    data = encode_video(numbered_frames(range(25)), None, fps, gop=gop)
+    np.testing.assert_array_equal(decode_clip(data, wanted), decode_clip(data)[wanted])
+
+
+def test_no_frame_is_decoded_that_nobody_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode_video(numbered_frames(range(25)), None, FPS, gop=8)
+    decoded: list[int] = []
+    numbered = video_io._numbered_frames
+
+    def counted(*arguments: Any) -> Iterator[tuple[int, av.VideoFrame]]:
+        for number, frame in numbered(*arguments):
+            decoded.append(number)
+            yield number, frame
+
+    monkeypatch.setattr(video_io, "_numbered_frames", counted)
+    decode_clip(data, [20, 18])
+    assert decoded == [16, 17, 18, 19, 20]
+    with pytest.raises(VideoError, match="1 of the 2 wanted frames"):
+        decode_clip(data, [3, 25])
 
 
 def test_encode_video_refuses_what_it_cannot_keep() -> None:
