@@ -18,13 +18,12 @@ import functools
 import importlib.util
 import multiprocessing
 import os
-import resource
 import shutil
 import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -38,6 +37,8 @@ from data_pipeline.resolve import open_sources, resolve
 from data_pipeline.shards import TarWriter
 from data_pipeline.sources import FORMATS, Source, VideoSegment, detect_kind
 from data_pipeline.video_io import GOP, ViewConfig, decode_frames, decode_view, encode_planes, probe_video, view_window
+
+from .timing import cpu_and_wall, in_turn, median_ratio, say
 
 CLIP_FRAMES = 17
 CRF, PRESET = 18, "veryfast"  # as `encode_planes` has them
@@ -84,40 +85,6 @@ class Set:
 
     def footage_s(self) -> float:
         return sum(num_frames / segment.info().fps for segment, num_frames in self.segments())
-
-
-# --- timing ----------------------------------------------------------------------------------------------------------
-
-
-def cpu_and_wall(work: Callable[[], object]) -> tuple[float, float]:
-    """Seconds that this process and those it waited for spent on `work`."""
-    cpu, wall = _cpu_s(), time.perf_counter()
-    work()
-    return _cpu_s() - cpu, time.perf_counter() - wall
-
-
-def _cpu_s() -> float:
-    usages = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
-
-
-def in_turn(works: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[tuple[float, float]]]:
-    """(CPU, wall) seconds of each, `repeats` times; a first round warms up and is not counted."""
-    timings: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
-    for repeat in range(repeats + 1):
-        for name, work in works.items():
-            timing = cpu_and_wall(work)
-            if repeat:
-                timings[name].append(timing)
-    return timings
-
-
-def median_ratio(above: list[tuple[float, float]], below: list[tuple[float, float]], which: int) -> float:
-    return statistics.median(a[which] / b[which] for a, b in zip(above, below, strict=True))
-
-
-def say(line: str = "") -> None:
-    print(line, flush=True)  # noqa: T201
 
 
 # --- over the floor --------------------------------------------------------------------------------------------------

@@ -1,0 +1,268 @@
+"""How fast training data is read, beside what else there is for the same shards.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.loader [--dataset PATH] [--parts throughput bandwidth open resume memory]
+
+throughput  samples per second of latents, and of video decoded on the fly: ours over a plain webdataset pipeline that
+            makes the same tensors (unnormalised), in this process and with two workers
+bandwidth   bytes per second of latent samples, over the same shards read from end to end, with a cold page cache
+open        a manifest of a million samples: seconds, and memory
+resume      from a cursor somewhere in a run to its first batch
+memory      resident memory over many batches
+
+The dataset is the demo's (`make demo`) unless another is given. Alternatives are timed in turn; medians are printed.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import multiprocessing
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+import webdataset
+
+from data_pipeline.dataset import MANIFEST, MANIFEST_SCHEMA
+from data_pipeline.dataset_index import DatasetIndex
+from data_pipeline.loader import Loader, LoaderConfig
+from data_pipeline.sample import read_array, read_tensor
+from data_pipeline.sample_order import Cursor
+from data_pipeline.video_io import decode_clip
+
+from .timing import in_turn, say
+
+DEMO = Path("runs/demo/dataset")
+BATCH = 32
+MILLION = 1_000_000
+
+
+def our_config(dataset: Path, **settings: Any) -> LoaderConfig:
+    return LoaderConfig(dataset=dataset, global_batch_size=BATCH, text_length=16, **settings)
+
+
+def ours(dataset: Path, num_batches: int, **settings: Any) -> None:
+    config = our_config(dataset, **settings)
+    for number, _ in enumerate(Loader(DatasetIndex(dataset), config), start=1):
+        if number == num_batches:
+            return
+
+
+# --- throughput ------------------------------------------------------------------------------------------------------
+
+
+def throughput(dataset: Path, repeats: int, num_batches: int) -> None:
+    say(f"throughput: samples/s, {num_batches} batches of {BATCH}, page cache warm")
+    for reads, settings in (("latents", {}), ("video", {"load_video": True})):
+        for num_workers in (0, 2):
+            count = num_batches if reads == "latents" else num_batches // 5
+            works: dict[str, Callable[[], object]] = {
+                "ours": functools.partial(ours, dataset, count, num_workers=num_workers, **settings),
+                "webdataset": functools.partial(plain_webdataset, dataset, count, num_workers, reads == "video"),
+            }
+            timings = in_turn(works, repeats)
+            walls = {name: statistics.median(wall for _, wall in values) for name, values in timings.items()}
+            ratio = statistics.median(
+                theirs / mine for (_, mine), (_, theirs) in zip(timings["ours"], timings["webdataset"], strict=True)
+            )
+            rates = "   ".join(f"{name} {count * BATCH / wall:7.0f}" for name, wall in walls.items())
+            say(f"  {reads:8} {num_workers} workers   {rates}   ours / webdataset {ratio:.2f}")
+
+
+def plain_webdataset(dataset: Path, num_batches: int, num_workers: int, with_video: bool) -> None:
+    """As its documentation has it: shards shuffled, a buffer of a thousand samples, batches made by the workers."""
+    shards = sorted(str(path) for path in (dataset / "shards" / "train").rglob("*.tar"))
+    view = next(iter(DatasetIndex(dataset).views))
+    pipeline = (
+        webdataset.WebDataset(shards, shardshuffle=len(shards), nodesplitter=None, workersplitter=_no_split, seed=0)
+        .shuffle(1000)
+        .map(functools.partial(_tensors, view=view, with_video=with_video))
+        .batched(BATCH, collation_fn=_collate, partial=False)
+        .repeat()
+    )
+    for number, _ in enumerate(webdataset.WebLoader(pipeline, batch_size=None, num_workers=num_workers), start=1):
+        if number == num_batches:
+            return
+
+
+def _no_split(shards: Any) -> Any:
+    """Every worker reads all shards: with fewer shards than workers some would have none."""
+    return shards
+
+
+def _tensors(members: dict[str, bytes], *, view: str, with_video: bool) -> dict[str, Any]:
+    sample: dict[str, Any] = {"keys": members["__key__"], "meta": json.loads(members["meta.json"])}
+    sample["latents"] = read_tensor("latents", members[f"{view}.latents.safetensors"]).float()
+    if "actions.npy" in members:
+        sample["actions"] = torch.from_numpy(read_array(members["actions.npy"]))
+        sample["proprio"] = torch.from_numpy(read_array(members["proprio.npy"])[0])
+    if "text.safetensors" in members:
+        sample["text_tokens"] = read_tensor("text", members["text.safetensors"]).float()
+    if with_video:
+        sample["video"] = torch.from_numpy(decode_clip(members[f"{view}.mp4"]))
+    return sample
+
+
+def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    batch: dict[str, Any] = {"keys": [sample["keys"] for sample in samples]}
+    for name in ("latents", "video"):
+        if name in samples[0]:
+            batch[name] = torch.stack([sample[name] for sample in samples])
+    for name in ("actions", "proprio", "text_tokens"):
+        batch[name] = [sample.get(name) for sample in samples]
+    return batch
+
+
+# --- bandwidth -------------------------------------------------------------------------------------------------------
+
+
+def bandwidth(dataset: Path, repeats: int) -> None:
+    """An epoch, with a cold cache: of whole shards on one side, of whole samples in our order on the other."""
+    shards = sorted((dataset / "shards" / "train").rglob("*.tar"))
+    total_mb = sum(path.stat().st_size for path in shards) / 1e6
+    say(f"bandwidth: {total_mb:.0f} MB of shards, page cache dropped before each reading")
+    index = DatasetIndex(dataset)
+    config = our_config(dataset)
+    num_batches = len(index.indices("train")) // BATCH
+    works: dict[str, Callable[[], object]] = {"sequential": functools.partial(_read_through, shards)}
+    for num_workers in (0, 2):
+        works[f"ours, {num_workers} workers"] = functools.partial(ours, dataset, num_batches, num_workers=num_workers)
+    rates: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(repeats + 1):
+        for name, work in works.items():
+            _drop_cache(shards)
+            start = time.perf_counter()
+            work()
+            rates[name].append(total_mb / (time.perf_counter() - start))
+    base = rates["sequential"][1:]
+    for name, values in rates.items():
+        share = statistics.median(rate / raw for rate, raw in zip(values[1:], base, strict=True))
+        say(f"  {name:18} {statistics.median(values[1:]):7.0f} MB/s   {share:5.0%} of reading from end to end")
+    say(f"  ({config.shuffle.window_shards} shards in a window, reads of {config.shuffle.run_length} neighbours)")
+
+
+def _read_through(shards: list[Path]) -> None:
+    buffer = bytearray(8 * 2**20)
+    for path in shards:
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+def _drop_cache(shards: list[Path]) -> None:
+    for path in shards:
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+# --- opening ---------------------------------------------------------------------------------------------------------
+
+
+def opening(dataset: Path, repeats: int) -> None:
+    say("open: a manifest of a million samples, from `import` on, in a process of its own")
+    with a_million_samples(dataset) as big:
+        context = multiprocessing.get_context("spawn")
+        measured = []
+        for _ in range(repeats):
+            with context.Pool(1) as pool:
+                measured.append(pool.apply(_open_job, (big,)))
+    seconds, first_batch, megabytes = (statistics.median(column) for column in zip(*measured, strict=True))
+    say(f"  opened in {seconds:.2f} s (target 1), the order and its first batch {first_batch:.2f} s more")
+    say(f"  {megabytes:.0f} MB more memory at most (target 300)")
+
+
+def _open_job(dataset: Path) -> tuple[float, float, float]:
+    before = _memory_mb("VmRSS")
+    start = time.perf_counter()
+    index = DatasetIndex(dataset)
+    opened = time.perf_counter()
+    loader = Loader(index, our_config(dataset))
+    loader.order.draw(Cursor())
+    return opened - start, time.perf_counter() - opened, _memory_mb("VmHWM") - before
+
+
+@contextlib.contextmanager
+def a_million_samples(dataset: Path) -> Iterator[Path]:
+    """The dataset's description over its manifest repeated under new keys and shards; no shard is there."""
+    rows = DatasetIndex(dataset).manifest
+    copies = -(-MILLION // len(rows))
+    tables = []
+    for copy in range(copies):
+        prefix = pa.scalar(f"{copy:06d}-")
+        key = pc.binary_join_element_wise(prefix, rows["key"], "")
+        shard = pc.binary_join_element_wise(rows["shard"].cast(pa.string()), pa.scalar(f"{copy:06d}"), ".")
+        tables.append(rows.set_column(0, "key", key).set_column(1, "shard", shard.dictionary_encode()))
+    with tempfile.TemporaryDirectory() as folder:
+        big = Path(folder) / "million"
+        shutil.copytree(dataset, big, ignore=shutil.ignore_patterns("shards", MANIFEST))
+        table = pa.concat_tables(table.cast(MANIFEST_SCHEMA) for table in tables).slice(0, MILLION)
+        pq.write_table(table.unify_dictionaries(), big / MANIFEST)
+        yield big
+
+
+def _memory_mb(which: str) -> float:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{which}:")[1].split()[0]) * 1024 / 1e6
+
+
+# --- resuming and memory ---------------------------------------------------------------------------------------------
+
+
+def resume(dataset: Path, repeats: int) -> None:
+    say("resume: from a cursor to its first batch, in a process that has everything imported (target 2 s)")
+    index = DatasetIndex(dataset)
+    samples = len(index.indices("train"))
+    for epochs in (0, 3.5, 1000.5):
+        cursor = Loader(index, our_config(dataset)).order.cursor_at(int(epochs * samples / BATCH))
+        for num_workers in (0, 2):
+            seconds = []
+            for _ in range(repeats):
+                start = time.perf_counter()
+                config = our_config(dataset, num_workers=num_workers)
+                next(iter(Loader(DatasetIndex(dataset), config, cursor=cursor)))
+                seconds.append(time.perf_counter() - start)
+            say(f"  after {epochs:g} epochs, {num_workers} workers: {statistics.median(seconds):.2f} s")
+
+
+def memory(dataset: Path, num_batches: int) -> None:
+    say(f"memory: of this process, over {num_batches} batches of 1")
+    config = our_config(dataset).model_copy(update={"global_batch_size": 1})
+    marks = {num_batches // 10 * tenth for tenth in range(1, 11)}
+    for number, _ in enumerate(Loader(DatasetIndex(dataset), config), start=1):
+        if number in marks:
+            say(f"  batch {number:7}: {_memory_mb('VmRSS'):6.0f} MB")
+        if number == num_batches:
+            return
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", type=Path, default=DEMO)
+    parser.add_argument("--parts", nargs="+", default=["throughput", "bandwidth", "open", "resume", "memory"])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batches", type=int, default=150, help="per timing of throughput")
+    parser.add_argument("--memory-batches", type=int, default=100_000)
+    options = parser.parse_args()
+    if "throughput" in options.parts:
+        throughput(options.dataset, options.repeats, options.batches)
+    if "bandwidth" in options.parts:
+        bandwidth(options.dataset, options.repeats)
+    if "open" in options.parts:
+        opening(options.dataset, options.repeats)
+    if "resume" in options.parts:
+        resume(options.dataset, options.repeats)
+    if "memory" in options.parts:
+        memory(options.dataset, options.memory_batches)
+
+
+if __name__ == "__main__":
+    main()
