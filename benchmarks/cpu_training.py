@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from configs.loader import load_config
+from pretrain.draws import SampleDraws
 from pretrain.models import transformer
 from pretrain.train import PretrainConfig
 from pretrain.world_models.observation_space import ObservationSpaceConfig, ObservationSpaceWorldModel
@@ -42,7 +43,7 @@ def demo_batch(size: int) -> dict[str, Tensor]:
 def training_step(model: ObservationSpaceWorldModel, batch: dict[str, Tensor], dtype: torch.dtype | None) -> None:
     model.zero_grad()
     with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
-        loss = model.loss(batch, torch.Generator().manual_seed(0)).total
+        loss = model.loss(batch, SampleDraws.seeded(0, 1, range(len(batch["latents"])))).total
     loss.backward()
 
 

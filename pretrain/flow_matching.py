@@ -6,7 +6,7 @@ velocity = noise - data. (The π0 paper runs the other way; openpi, torchtitan a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Literal
 
@@ -16,6 +16,8 @@ from pydantic import Field
 from torch import Tensor
 
 from configs.loader import StrictConfig
+
+from .draws import SampleDraws
 
 Prediction = Literal["velocity", "data"]
 """What the network's output means. `velocity` is Wan's. A small network learns `data` far more easily: the data lie
@@ -37,21 +39,17 @@ class FlowTimeConfig(StrictConfig):
     pure_noise_share: float = Field(0.0, ge=0, le=1, description="share of draws at flow time 1, the mean prediction")
 
 
-def sample_flow_time(config: FlowTimeConfig, shape: Sequence[int], generator: torch.Generator) -> Float[Tensor, "..."]:
-    """Draw flow times of the given shape, on the generator's device."""
-    device = generator.device
+def sample_flow_time(config: FlowTimeConfig, draws: SampleDraws) -> Float[Tensor, "b"]:
+    """A flow time per sample."""
     if config.distribution == "uniform":
-        flow_time = torch.rand(*shape, generator=generator, device=device)
+        flow_time = draws.uniform()
     elif config.distribution == "logit_normal":
-        flow_time = (config.mean + config.std * torch.randn(*shape, generator=generator, device=device)).sigmoid()
-    else:
-        # torch.distributions takes no generator, so Beta(a, b) is drawn as X / (X + Y) of two gammas.
-        first = torch._standard_gamma(torch.full(tuple(shape), config.alpha, device=device), generator)
-        second = torch._standard_gamma(torch.full(tuple(shape), config.beta, device=device), generator)
+        flow_time = (config.mean + config.std * draws.normal()).sigmoid()
+    else:  # Beta(a, b) is X / (X + Y) of two gammas
+        first, second = draws.gamma(config.alpha), draws.gamma(config.beta)
         flow_time = first / (first + second)
     flow_time = time_shift(flow_time, config.shift)
-    pure_noise = torch.rand(*shape, generator=generator, device=device) < config.pure_noise_share
-    return torch.where(pure_noise, torch.ones_like(flow_time), flow_time)
+    return torch.where(draws.uniform() < config.pure_noise_share, torch.ones_like(flow_time), flow_time)
 
 
 def time_shift(flow_time: Tensor, shift: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""What every training command shares: its run folder, its seeds, and how it is asked to stop."""
+"""What every training command shares: its run folder, and how it is asked to stop."""
 
 import fcntl
 import logging
@@ -8,10 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Literal, Self, TypeVar
-
-import numpy as np
-import torch
+from typing import Any, Self, TypeVar
 
 from configs.loader import StrictConfig, UserError, dump_config, load_config
 
@@ -22,22 +19,6 @@ AUTO = "auto"
 logger = logging.getLogger(__name__)
 
 ConfigT = TypeVar("ConfigT", bound=StrictConfig)
-
-
-# --- seeds --------------------------------------------------------------------------------------------------------
-
-Stream = Literal["train", "validation"]
-_STREAMS: dict[Stream, int] = {"train": 0, "validation": 1}
-
-
-def seed_generator(seed: int, step: int, rank: int, device: torch.device, stream: Stream = "train") -> torch.Generator:
-    """All the randomness of one step on one rank: a pure function, so a resumed run draws what it would have drawn.
-
-    The default generators are seeded too, for layers that draw from them (dropout).
-    """
-    words = np.random.SeedSequence([_STREAMS[stream], seed, step, rank]).generate_state(2, np.uint64)
-    torch.manual_seed(int(words[1]))
-    return torch.Generator(device).manual_seed(int(words[0]))
 
 
 # --- the run folder -----------------------------------------------------------------------------------------------

@@ -12,10 +12,10 @@ from configs.loader import UserError
 from data_pipeline.sample_order import Cursor
 from data_pipeline.shards import SHARD_PROBLEMS
 
+from .draws import SampleDraws, Stream
 from .ema import ExponentialMovingAverage
 from .engine import Engine, StepReport
 from .metrics import StepTimer, peak_memory
-from .run import seed_generator
 from .world_models.base import Batch
 
 
@@ -50,11 +50,12 @@ def check_micro_batches(global_batch_size: int, engine: Engine) -> None:
         )
 
 
-def forward_backward(engine: Engine, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+def forward_backward(engine: Engine, batch: Batch, draws: SampleDraws) -> dict[str, Tensor]:
     """Gradients of this rank's part of a global batch; returns its mean losses, still on the device."""
     losses: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=engine.device))
-    for micro_batch in split_batch(batch, engine.grad_accum_steps):
-        terms = engine.forward_loss(micro_batch, generator)
+    for micro_batch in split_batch({**batch, "draws": draws}, engine.grad_accum_steps):
+        micro_draws = micro_batch.pop("draws")
+        terms = engine.forward_loss(micro_batch, micro_draws)
         engine.backward(terms.total)
         losses["loss"] += terms.total.detach() / engine.grad_accum_steps
         for name, part in terms.parts.items():
@@ -62,11 +63,21 @@ def forward_backward(engine: Engine, batch: Batch, generator: torch.Generator) -
     return losses
 
 
+def sample_draws(engine: Engine, seed: int, step: int, batch: Batch, stream: Stream = "train") -> SampleDraws:
+    """The draws of this rank's part of a step's global batch."""
+    size = num_samples(batch)
+    places = range(engine.rank * size, (engine.rank + 1) * size)
+    return SampleDraws.seeded(seed, step, places, engine.device, stream)
+
+
+def num_samples(batch: Batch) -> int:
+    return len(next(iter(batch.values())))
+
+
 def split_batch(batch: Batch, num_parts: int) -> Iterator[Batch]:
-    """Equal micro-batches, in order; tensors and lists have a row per sample."""
-    num_samples = len(next(iter(batch.values())))
-    size = num_samples // num_parts
-    for start in range(0, num_samples, size):
+    """Equal micro-batches, in order; what a batch holds has a row per sample."""
+    size = num_samples(batch) // num_parts
+    for start in range(0, num_parts * size, size):
         yield {name: rows[start : start + size] for name, rows in batch.items()}
 
 
@@ -107,8 +118,7 @@ def validation_row(
     losses: dict[str, list[float]] = defaultdict(list)
     with ema.swap_in(engine), engine.evaluating():
         for number, batch in zip(range(num_batches), batches, strict=False):
-            generator = seed_generator(seed, number, engine.rank, engine.device, "validation")
-            terms = engine.forward_loss(batch, generator)
+            terms = engine.forward_loss(batch, sample_draws(engine, seed, number, batch, "validation"))
             losses["loss"].append(terms.total.item())
             for name, part in terms.parts.items():
                 losses[f"loss/{name}"].append(part.item())

@@ -6,8 +6,8 @@
 Writes config.yaml, metrics.jsonl, checkpoints/ and, at the end, export/ (averaged weights with everything they need)
 into `run_dir`. Exit codes: 0 done; 75 stopped on SIGTERM or SIGUSR2 after saving, start it again to go on.
 
-A step is a pure function of the weights and (seed, step, rank), and its samples one of the data cursor that the
-checkpoint holds: a run that was killed and started again takes the very steps that it would have taken.
+A step is a pure function of the weights and (seed, step), and its samples one of the data cursor that the checkpoint
+holds: a run that was killed and started again takes the very steps that it would have taken.
 """
 
 import logging
@@ -27,6 +27,7 @@ from data_pipeline.loader import Loader, LoaderConfig
 from data_pipeline.sample_order import Cursor
 
 from .checkpoint import load_checkpoint, save_checkpoint, write_export
+from .draws import seed_layers
 from .ema import ExponentialMovingAverage
 from .engine import Engine, EngineConfig, OptimizerConfig, create_engine, learning_rate
 from .exported import WorldModelConfig
@@ -38,10 +39,18 @@ from .run import (
     exclusive,
     log_on_main_rank_only,
     resume_config,
-    seed_generator,
     write_config,
 )
-from .steps import Batches, TrainState, check_micro_batches, data_row, forward_backward, train_row, validation_row
+from .steps import (
+    Batches,
+    TrainState,
+    check_micro_batches,
+    data_row,
+    forward_backward,
+    sample_draws,
+    train_row,
+    validation_row,
+)
 from .world_models.observation_space import ObservationSpaceConfig, build_world_model
 
 logger = logging.getLogger(__name__)
@@ -152,8 +161,8 @@ def train(
         step = state.step + 1
         with timer.waiting_for_data():
             batch = next(reading)
-        generator = seed_generator(config.seed, step, engine.rank, engine.device)
-        losses = forward_backward(engine, batch, generator)
+        seed_layers(config.seed, step, engine.rank)
+        losses = forward_backward(engine, batch, sample_draws(engine, config.seed, step, batch))
         report = engine.step(learning_rate(config.optimizer, step, config.num_steps))
         if report.was_applied:
             ema.update(engine, step)

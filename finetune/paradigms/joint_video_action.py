@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from configs.loader import StrictConfig, UserError
 from pretrain import flow_matching
+from pretrain.draws import SampleDraws
 from pretrain.flow_matching import FlowTimeConfig, Prediction
 from pretrain.models.action_expert import ACTION_EXPERT, NOISED_ACTIONS, PROPRIO, ActionExpert, ActionExpertConfig
 from pretrain.models.token_groups import Rule, Visibility
@@ -88,19 +89,18 @@ class JointVideoAction(nn.Module):
             ACTION_EXPERT: self.action_expert.condition_embedder.text_embedder(text),
         }
 
-    def loss(self, batch: Batch, generator: torch.Generator) -> LossTerms:
+    def loss(self, batch: Batch, draws: SampleDraws) -> LossTerms:
         config, world_model = self.config, self.world_model
         context, future = world_model.split(batch["latents"])
         actions = batch["actions"][:, : config.action_horizon]
         valid = batch["action_is_valid"][:, : config.action_horizon]
-        size, device = len(future), future.device
         # Draw order is part of the step's definition: changing it changes every run's numbers.
-        video_time = flow_matching.sample_flow_time(world_model.config.flow_time, (size,), generator)
-        action_time = flow_matching.sample_flow_time(config.action_flow_time, (size,), generator)
-        video_noise = torch.randn(future.shape, generator=generator, device=device)
-        action_noise = torch.randn(actions.shape, generator=generator, device=device)
-        proprio_noise = torch.randn(batch["proprio"].shape, generator=generator, device=device)
-        conditioned = torch.rand(size, generator=generator, device=device) < config.conditioned_video_share
+        video_time = flow_matching.sample_flow_time(world_model.config.flow_time, draws)
+        action_time = flow_matching.sample_flow_time(config.action_flow_time, draws)
+        video_noise = draws.normal(*future.shape[1:])
+        action_noise = draws.normal(*actions.shape[1:])
+        proprio_noise = draws.normal(*batch["proprio"].shape[1:])
+        conditioned = draws.uniform() < config.conditioned_video_share
         # Whoever is told the true actions must not be asked to guess them: those clips train the video alone.
         conditioned = conditioned & batch["has_actions"]
         action_time = torch.where(conditioned | ~batch["has_actions"], torch.ones_like(action_time), action_time)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..draws import SampleDraws
 from ..world_models.base import LossTerms
 from .base import Engine, EngineConfig, StepReport
 from .optimizer import OptimizerConfig, build_optimizer, set_learning_rate
@@ -38,7 +39,7 @@ class AccelerateEngine(Engine):
             self._model = self._accelerator.prepare_model(self._loss_module)
         self._optimizer = build_optimizer(optimizer_config, self.module)  # after sharding, which replaces parameters
 
-    def forward_loss(self, batch: Mapping[str, Any], generator: torch.Generator) -> LossTerms:
+    def forward_loss(self, batch: Mapping[str, Any], draws: SampleDraws) -> LossTerms:
         # Gradients travel between ranks in the last backward pass of a step only; DDP decides that in its forward.
         is_last = self._micro_step == self.grad_accum_steps - 1
         if self.is_sharded:
@@ -46,7 +47,7 @@ class AccelerateEngine(Engine):
         elif isinstance(self._model, nn.parallel.DistributedDataParallel):
             self._model.require_backward_grad_sync = is_last
         with self._accelerator.autocast():
-            total, parts = self._model(self.to_device(batch), generator)
+            total, parts = self._model(self.to_device(batch), draws)
         return LossTerms(total, parts)
 
     def backward(self, total: Tensor) -> None:

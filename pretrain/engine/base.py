@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from configs.loader import StrictConfig, UserError
 
+from ..draws import SampleDraws
 from ..world_models.base import LossTerms
 from .ranks import join_ranks, resolve_precision
 
@@ -57,8 +58,8 @@ class LossModule(nn.Module):
         super().__init__()
         self.model: Any = model
 
-    def forward(self, batch: Mapping[str, Any], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        terms = self.model.loss(batch, generator)
+    def forward(self, batch: Mapping[str, Any], draws: SampleDraws) -> tuple[Tensor, dict[str, Tensor]]:
+        terms = self.model.loss(batch, draws)
         return terms.total, terms.parts
 
 
@@ -86,7 +87,7 @@ class Engine(ABC):
     # The step -----------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def forward_loss(self, batch: Mapping[str, Any], generator: torch.Generator) -> LossTerms:
+    def forward_loss(self, batch: Mapping[str, Any], draws: SampleDraws) -> LossTerms:
         """Loss of one micro-batch, under autocast where the precision asks for it."""
 
     @abstractmethod

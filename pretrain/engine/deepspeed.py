@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..draws import SampleDraws
 from ..world_models.base import LossTerms
 from .base import Engine, EngineConfig, StepReport
 from .optimizer import OptimizerConfig, build_optimizer, set_learning_rate
@@ -42,8 +43,8 @@ class DeepSpeedEngine(Engine):
             dist_init_required=False,
         )
 
-    def forward_loss(self, batch: Mapping[str, Any], generator: torch.Generator) -> LossTerms:
-        total, parts = self._deepspeed(self.to_device(batch), generator)
+    def forward_loss(self, batch: Mapping[str, Any], draws: SampleDraws) -> LossTerms:
+        total, parts = self._deepspeed(self.to_device(batch), draws)
         return LossTerms(total, parts)
 
     def backward(self, total: Tensor) -> None:

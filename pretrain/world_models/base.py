@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
+
+from ..draws import SampleDraws
 
 Batch = dict[str, Any]
 """What `data_pipeline.loader.Loader` yields: latents, text_tokens, actions, proprio, has_actions, action_is_valid."""
@@ -24,11 +25,11 @@ class LossTerms:
 class WorldModel(Protocol):
     """Predicts future latents from past ones, given actions. Implementations are `nn.Module`s.
 
-    `loss` draws all its randomness from `generator`, so that a training step is a pure function of (weights, batch,
+    `loss` takes all its randomness from `draws`, so that a training step is a pure function of (weights, batch,
     seed): that is what makes resuming exact.
     """
 
-    def loss(self, batch: Batch, generator: torch.Generator) -> LossTerms: ...
+    def loss(self, batch: Batch, draws: SampleDraws) -> LossTerms: ...
 
     def encode(self, video: UInt8[Tensor, "b f h w 3"]) -> Float[Tensor, "b t c h w"]: ...
 

@@ -21,6 +21,7 @@ from configs.loader import StrictConfig, UserError
 from data_pipeline.encoders.base import TEMPORAL_STRIDE
 
 from .. import flow_matching
+from ..draws import SampleDraws
 from ..flow_matching import FlowTimeConfig, Prediction
 from ..models.token_groups import Rule, TokenGroup, Visibility
 from ..models.transformer import KeyValueCache, run_experts
@@ -155,12 +156,12 @@ class ObservationSpaceWorldModel(nn.Module):
         context, future = latents.tensor_split([self.config.context_latent_frames], dim=1)
         return context, (future - self.anchor(context)) / self.residual_scale
 
-    def loss(self, batch: Batch, generator: torch.Generator) -> LossTerms:
+    def loss(self, batch: Batch, draws: SampleDraws) -> LossTerms:
         context, data = self.split(batch["latents"])
-        flow_time = flow_matching.sample_flow_time(self.config.flow_time, (len(data),), generator)
-        noise = torch.randn(data.shape, generator=generator, device=data.device)
-        keep_text = torch.rand(len(data), generator=generator, device=data.device) >= self.config.text_dropout
-        keep_actions = torch.rand(len(data), generator=generator, device=data.device) >= self.config.action_dropout
+        flow_time = flow_matching.sample_flow_time(self.config.flow_time, draws)
+        noise = draws.normal(*data.shape[1:])
+        keep_text = draws.uniform() >= self.config.text_dropout
+        keep_actions = draws.uniform() >= self.config.action_dropout
         noised = flow_matching.add_noise(data, noise, flow_time)
         actions = self.embed_actions(batch["actions"], batch["has_actions"] & keep_actions, data)
         text = self.video.condition_embedder.text_embedder(batch["text_tokens"] * keep_text[:, None, None])

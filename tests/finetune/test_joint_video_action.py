@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from finetune.paradigms.joint_video_action import VISIBILITY, JointVideoAction, JointVideoActionConfig
+from pretrain.draws import SampleDraws
 from pretrain.flow_matching import FlowTimeConfig
 from pretrain.models.action_expert import NOISED_ACTIONS, ActionExpertConfig
 from pretrain.models.token_groups import Rule
@@ -55,7 +56,7 @@ def awaken(model: nn.Module) -> nn.Module:
 
 
 def losses(model, batch) -> dict[str, float]:
-    terms = model.loss(batch, torch.Generator().manual_seed(1))
+    terms = model.loss(batch, SampleDraws.seeded(1, 1, range(len(batch["latents"]))))
     return {name: part.item() for name, part in terms.parts.items()}
 
 
@@ -68,8 +69,7 @@ def test_video_and_actions_see_each_other_and_the_context_sees_neither():
 def test_invalid_actions_do_not_count():
     model, batch = awaken(make()), make_batch()
     batch["action_is_valid"][:, 4:] = False
-    generator = torch.Generator().manual_seed(1)
-    model.loss(batch, generator).total.backward()
+    model.loss(batch, SampleDraws.seeded(1, 1, range(len(batch["latents"])))).total.backward()
     before = losses(model, batch)
     # What is not valid may hold any number: it is a target of nothing. (It is still an input, as noise is.)
     only_valid = batch | {"action_is_valid": torch.ones_like(batch["action_is_valid"])}
@@ -146,7 +146,7 @@ def test_it_learns_to_act_on_what_it_sees():
 
     for _ in range(250):
         optimizer.zero_grad()
-        model.loss(sample(32), generator).total.backward()
+        model.loss(sample(32), SampleDraws([generator] * 32)).total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     batch = sample(128)

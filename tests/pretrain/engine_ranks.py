@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
+from pretrain.draws import SampleDraws
 from pretrain.ema import ExponentialMovingAverage
 from pretrain.engine import EngineConfig, OptimizerConfig, create_engine, learning_rate
 from pretrain.engine.base import Engine
-from pretrain.steps import forward_backward
+from pretrain.steps import forward_backward, sample_draws
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_training import BATCH, build_tiny_model, global_batch
@@ -34,7 +35,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 
 def open_engine(name: str) -> Engine:
     config = EngineConfig.model_validate({"device": "cpu", "precision": "fp32", "grad_accum_steps": 2, **ENGINES[name]})
-    return create_engine(config, build_tiny_model(noise=0.0), OPTIMIZER)
+    return create_engine(config, build_tiny_model(), OPTIMIZER)
 
 
 def take_step(engine: Engine, ema: ExponentialMovingAverage, step: int) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def take_step(engine: Engine, ema: ExponentialMovingAverage, step: int) -> dict[
     batch = {"latents": global_batch(step)[engine.rank * share :][:share].clone()}
     if step == NAN_STEP and engine.rank == 1:
         batch["latents"][0, 0] = torch.nan
-    losses = forward_backward(engine, batch, torch.Generator())
+    losses = forward_backward(engine, batch, sample_draws(engine, 0, step, batch))
     report = engine.step(learning_rate(OPTIMIZER, step, SCHEDULE_STEPS))
     if report.was_applied:
         ema.update(engine, step)
@@ -52,7 +53,7 @@ def take_step(engine: Engine, ema: ExponentialMovingAverage, step: int) -> dict[
 
 def validation_loss(engine: Engine, ema: ExponentialMovingAverage) -> float:
     with ema.swap_in(engine), engine.evaluating():
-        total = engine.forward_loss({"latents": global_batch(99)}, torch.Generator()).total
+        total = engine.forward_loss({"latents": global_batch(99)}, SampleDraws.seeded(0, 99, range(BATCH))).total
     return total.item()
 
 

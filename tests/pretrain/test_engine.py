@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.loader import UserError
+from pretrain.draws import SampleDraws
 from pretrain.engine import EngineConfig, OptimizerConfig, create_engine, learning_rate
 from pretrain.engine.deepspeed import deepspeed_config
 from pretrain.engine.optimizer import build_optimizer
@@ -40,11 +41,12 @@ def reference() -> SimpleNamespace:
     """A plain torch loop in one process on whole global batches."""
     tiny = runpy.run_path(str(SCRIPT.with_name("tiny_training.py")))
     config = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, max_grad_norm=0.5)
-    model = tiny["build_tiny_model"](noise=0.0)
+    model = tiny["build_tiny_model"]()
     optimizer = build_optimizer(config, model)
     rows = []
     for step in range(1, NUM_STEPS + 1):
-        loss = model.loss({"latents": tiny["global_batch"](step)}, torch.Generator()).total
+        draws = SampleDraws.seeded(0, step, range(tiny["BATCH"]))
+        loss = model.loss({"latents": tiny["global_batch"](step)}, draws).total
         if step != NAN_STEP:
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from pretrain.draws import SampleDraws
 from pretrain.flow_matching import FlowTimeConfig
 from pretrain.models.video_dit import VideoDiTConfig
 from pretrain.world_models.observation_space import ObservationSpaceConfig, ObservationSpaceWorldModel
@@ -38,7 +39,7 @@ def awaken(model: nn.Module) -> nn.Module:
 
 
 def loss(model, batch) -> float:
-    return model.loss(batch, torch.Generator().manual_seed(1)).total.item()
+    return model.loss(batch, SampleDraws.seeded(1, 1, range(len(batch["latents"])))).total.item()
 
 
 def test_the_loss_is_a_function_of_weights_batch_and_generator():
@@ -121,7 +122,7 @@ def test_it_learns_what_actions_do(prediction):
 
     for _ in range(150):
         optimizer.zero_grad()
-        model.loss(sample(32), generator).total.backward()
+        model.loss(sample(32), SampleDraws([generator] * 32)).total.backward()
         optimizer.step()
     batch = sample(64)
     context, future = batch["latents"][:, :1], batch["latents"][:, 1:]

@@ -1,4 +1,4 @@
-"""The run folder, the seeds of a step, and the request to stop."""
+"""The run folder, and the request to stop."""
 
 import os
 import signal
@@ -7,15 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from configs.loader import StrictConfig, UserError, load_config
-from pretrain.run import StopSignal, exclusive, resume_config, seed_generator, write_config
-
-CPU = torch.device("cpu")
-numbers = st.integers(0, 10**6)
+from pretrain.run import StopSignal, exclusive, resume_config, write_config
 
 
 class Inner(StrictConfig):
@@ -27,21 +21,6 @@ class Inner(StrictConfig):
 class RunConfig(StrictConfig):
     run_dir: Path
     inner: Inner = Inner()
-
-
-@given(seed=numbers, step=numbers, rank=numbers)
-def test_a_step_draws_the_same_numbers_again(seed: int, step: int, rank: int) -> None:
-    first = torch.rand(4, generator=seed_generator(seed, step, rank, CPU)), torch.rand(4)
-    again = torch.rand(4, generator=seed_generator(seed, step, rank, CPU)), torch.rand(4)
-    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
-    assert not torch.equal(first[0], first[1])  # what dropout draws is not what the noise was drawn from
-
-
-def test_steps_ranks_seeds_and_streams_draw_different_numbers() -> None:
-    generators = [seed_generator(seed, step, rank, CPU) for seed in range(3) for step in range(3) for rank in range(3)]
-    generators.append(seed_generator(0, 0, 0, CPU, "validation"))
-    draws = {tuple(torch.rand(2, generator=generator).tolist()) for generator in generators}
-    assert len(draws) == len(generators)
 
 
 def test_an_unchanged_config_resumes(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 
 from configs.loader import StrictConfig, dump_config
 from data_pipeline.sample_order import Cursor
+from pretrain.draws import SampleDraws
 from pretrain.run import StopSignal
 from pretrain.train import PretrainConfig, train
 from pretrain.world_models.base import LossTerms
@@ -39,9 +40,9 @@ class TinyWorldModel(nn.Module):
         self.frozen = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
         self.register_buffer("scale", torch.tensor(0.5))
 
-    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> LossTerms:
+    def loss(self, batch: dict[str, Any], draws: SampleDraws) -> LossTerms:
         data = batch["latents"]
-        x = data + self.noise * torch.randn(data.shape, generator=generator)
+        x = data + self.noise * draws.normal(*data.shape[1:])
         for block in self.blocks:
             x = x + block(x)
         error = (self.head(x) - self.frozen(data) * self.scale).square()
