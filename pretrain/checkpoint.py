@@ -31,7 +31,7 @@ from .engine import Engine
 
 WEIGHTS, EMA_WEIGHTS = "model.safetensors", "ema.safetensors"
 STATE, CHECKSUMS, COMPLETE = "state.json", "checksums.json", "COMPLETE"
-ENGINE_FOLDER = "engine"
+CHECKPOINTS, ENGINE_FOLDER = "checkpoints", "engine"
 TEMPORARY = ".tmp-"
 
 

@@ -9,17 +9,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypeVar
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from configs.loader import StrictConfig, UserError, load_config
 from data_pipeline.clips import InputConfig
 from data_pipeline.dataset import DatasetFolder
 
+from .wan_folder import STEM as WAN_STEM
+from .weights import WeightFiles, load_strictly
 from .world_models.observation_space import ObservationSpaceConfig, ObservationSpaceWorldModel
 
-MODEL_YAML, WEIGHTS = "model.yaml", "model.safetensors"
+MODEL_YAML, WEIGHTS, ADDED_WEIGHTS = "model.yaml", "model.safetensors", "added.safetensors"
+VIDEO, WORLD_MODEL = "video", "world_model"  # names of the video expert in a world model, and of that in a policy
 
 ConfigT = TypeVar("ConfigT", bound=StrictConfig)
 
@@ -44,21 +45,23 @@ def load_model_config(folder: Path, config_class: type[ConfigT]) -> ConfigT:
 
 
 def load_weights(module: nn.Module, folder: Path, described_by: str = MODEL_YAML) -> None:
-    """Load strictly: a missing or unknown tensor is an error that names it."""
-    path = folder / WEIGHTS
-    try:
-        weights = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); export the run again.") from None
-    expected = module.state_dict()
-    wrong = sorted(expected.keys() ^ weights.keys())
-    wrong += [name for name in expected.keys() & weights.keys() if expected[name].shape != weights[name].shape]
-    if wrong:
+    """Load strictly: a tensor that is missing, unknown or of another shape is an error that names it."""
+    problem = load_strictly(module, *weight_files(folder))
+    if problem:
         raise UserError(
-            f"{path}: does not fit the model that {folder / described_by} describes; the first of {len(wrong)} "
-            f"differences is tensor {wrong[0]!r}; restore both files as their run wrote them."
+            f"{folder}: does not fit the model that {folder / described_by} describes: {problem}; restore "
+            "the folder as it was written."
         )
-    module.load_state_dict(weights)
+
+
+def weight_files(folder: Path) -> list[WeightFiles]:
+    """An export's weights: in one file, or as `pretrain.export` lays them out, Wan's apart from what we add to it."""
+    if not (folder / ADDED_WEIGHTS).is_file():
+        return [WeightFiles(folder, Path(WEIGHTS).stem)]
+    added = WeightFiles(folder, Path(ADDED_WEIGHTS).stem)
+    is_policy = any(name.startswith(f"{WORLD_MODEL}.") for name in added.shapes)
+    prefix = f"{WORLD_MODEL}.{VIDEO}." if is_policy else f"{VIDEO}."
+    return [WeightFiles(folder, WAN_STEM).renamed(prefix.__add__), added]
 
 
 def load_world_model(folder: Path) -> tuple[ObservationSpaceWorldModel, WorldModelConfig, DatasetFolder]:

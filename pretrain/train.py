@@ -21,16 +21,17 @@ from pydantic import Field
 from torch import nn
 
 from configs.loader import StrictConfig, UserError, dump_config, run_command
-from data_pipeline.dataset import CODEC, DATASET_YAML, NORM_STATS, TEXT_ENCODER, Split
+from data_pipeline.dataset import CODEC, DATASET_YAML, NORM_STATS, TEXT_ENCODER, DatasetFolder, Split
 from data_pipeline.dataset_index import DatasetIndex
 from data_pipeline.loader import Loader, LoaderConfig
 from data_pipeline.sample_order import Cursor
 
-from .checkpoint import load_checkpoint, save_checkpoint, write_export
+from .checkpoint import CHECKPOINTS, find_checkpoints, load_checkpoint, save_checkpoint, write_export
 from .draws import seed_layers
 from .ema import ExponentialMovingAverage
 from .engine import Engine, EngineConfig, OptimizerConfig, create_engine, learning_rate
-from .exported import WorldModelConfig
+from .evaluate import check_same_codec
+from .exported import MODEL_YAML, WorldModelConfig, load_model_config, load_weights
 from .metrics import MetricsLog, Progress, StepTimer
 from .run import (
     EXIT_DONE,
@@ -51,7 +52,8 @@ from .steps import (
     train_row,
     validation_row,
 )
-from .world_models.observation_space import ObservationSpaceConfig, build_world_model
+from .wan_folder import load_wan
+from .world_models.observation_space import ObservationSpaceConfig, ObservationSpaceWorldModel, build_world_model
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +79,9 @@ class PretrainConfig(TrainConfig):
     """One pretraining run."""
 
     model: ObservationSpaceConfig
+    pretrained: Path | None = Field(
+        None, description="weights to start from: a Wan transformer's folder, or export/ of a pretraining run"
+    )
 
 
 # A resumed run may differ in these: they leave the losses as they are.
@@ -102,9 +107,30 @@ def main(config: PretrainConfig) -> int:
     index = DatasetIndex(config.loader.dataset)
     torch.manual_seed(config.seed)  # every rank starts from the same weights
     world_model = build_world_model(config.model, index)
+    if config.pretrained is not None and not find_checkpoints(config.run_dir / CHECKPOINTS):
+        start_from(world_model, config.pretrained, index)
     model_yaml = dump_config(WorldModelConfig(world_model=world_model.config, inputs=config.loader.inputs))
     with exclusive(config.run_dir), StopSignal() as stop:
         return train(config, world_model, model_yaml, dataset_batches(index, config.loader), stop, export_files(index))
+
+
+def start_from(world_model: ObservationSpaceWorldModel, folder: Path, index: DatasetIndex) -> None:
+    """Pretrained weights instead of random ones: all of a world model's, or Wan's for its video expert.
+
+    What Wan has not (the action conditioner) keeps its start, which adds nothing: the model begins as Wan.
+    """
+    if (folder / MODEL_YAML).is_file():
+        check_same_codec(index, DatasetFolder(folder))
+        load_model_config(folder, WorldModelConfig)  # refuses the export of a policy
+        load_weights(world_model, folder)
+    elif index.info.codec.name != "wan":
+        raise UserError(
+            f"pretrained={folder} is read as a Wan checkpoint, and those know the latents of Wan's VAE alone, but "
+            f"{index.path} was encoded with codec {index.info.codec.name}; build the dataset with codec.kind=wan."
+        )
+    else:
+        load_wan(world_model.video, folder)
+    logger.info("starting from the weights in %s", folder)
 
 
 def resume_run(config: TrainConfigT) -> TrainConfigT:
@@ -125,9 +151,9 @@ def dataset_batches(index: DatasetIndex, config: LoaderConfig) -> OpenBatches:
     return open_batches
 
 
-def export_files(index: DatasetIndex) -> list[Path]:
+def export_files(dataset: DatasetFolder) -> list[Path]:
     """What of a dataset an export needs, to encode observations and scale actions as in training."""
-    return [index.path / name for name in (DATASET_YAML, NORM_STATS, CODEC, TEXT_ENCODER)]
+    return [dataset.path / name for name in (DATASET_YAML, NORM_STATS, CODEC, TEXT_ENCODER)]
 
 
 def train(
@@ -146,7 +172,7 @@ def train(
         write_config(config.run_dir, config.model_copy(update={"engine": settled}))
     engine.barrier()
     ema = ExponentialMovingAverage(engine, config.ema_decay)
-    checkpoints = config.run_dir / "checkpoints"
+    checkpoints = config.run_dir / CHECKPOINTS
     state = resume(checkpoints, engine, ema, config.num_steps)
     log_start(engine, state, config)
     metrics = MetricsLog(config.run_dir / "metrics.jsonl", state.step, engine.is_main)

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 MIN_RESIDUAL_STD = 1e-2
 
+MASK_CHANNELS = TEMPORAL_STRIDE
+"""Of Wan's image-to-video input, which is [latents, mask, latents of the given frames]: one per pixel frame."""
+
 CONTEXT, FUTURE = "context_latents", "noised_latents"
 
 VISIBILITY: Visibility = {
@@ -116,7 +119,7 @@ class ObservationSpaceWorldModel(nn.Module):
 
     def context_group(self, context: Float[Tensor, "b t c h w"]) -> TokenGroup:
         _, modulation = self.video.condition_embedder.time(torch.zeros_like(context[:, :, 0, 0, 0]))
-        return self.video.group(CONTEXT, context, modulation)
+        return self.video.group(CONTEXT, self._network_input(context, is_given=True), modulation)
 
     def future_group(
         self,
@@ -131,8 +134,15 @@ class ObservationSpaceWorldModel(nn.Module):
         """
         times = flow_time[:, None].expand(-1, noised.shape[1])
         embedding, modulation = self.video.condition_embedder.time(times, action_embedding)
-        latents = self.anchor(context) + self.residual_scale * noised
+        latents = self._network_input(self.anchor(context) + self.residual_scale * noised, is_given=False)
         return self.video.group(FUTURE, latents, modulation, first_frame=context.shape[1]), embedding
+
+    def _network_input(self, latents: Float[Tensor, "b t c h w"], is_given: bool) -> Float[Tensor, "b t c2 h w"]:
+        """For image-to-video models the mask, and the latents again where they are given (zeros elsewhere)."""
+        if self.config.video.in_channels == latents.shape[2]:
+            return latents
+        mask = torch.full_like(latents[:, :, :1], float(is_given)).expand(-1, -1, MASK_CHANNELS, -1, -1)
+        return torch.cat([latents, mask, latents * float(is_given)], dim=2)
 
     def read_future(
         self, tokens: Float[Tensor, "b n d"], embedding: Float[Tensor, "b t d"], like: Float[Tensor, "b t c h w"]
@@ -246,10 +256,12 @@ def resolve(config: ObservationSpaceConfig, dataset: DatasetIndex) -> Observatio
     """Null fields filled in from the dataset; a `UserError` where it and the others do not fit each other."""
     frames, channels, height, width = dataset.latent_shape
     video = config.video
-    if video.in_channels != channels or video.out_channels != channels:
+    image_to_video = 2 * channels + MASK_CHANNELS
+    if video.in_channels not in (channels, image_to_video) or video.out_channels != channels:
         raise UserError(
             f"model.video.in_channels={video.in_channels} and out_channels={video.out_channels}, but the latents in "
-            f"{dataset.path} have {channels} channels; set both to {channels}."
+            f"{dataset.path} have {channels} channels; set both to {channels}, or in_channels to {image_to_video} for "
+            "an image-to-video model."
         )
     if height % video.patch_size[1] or width % video.patch_size[2]:
         raise UserError(

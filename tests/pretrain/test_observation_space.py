@@ -132,3 +132,16 @@ def test_it_learns_what_actions_do(prediction):
     # A velocity network of this size is still busy learning to subtract the noise: the reason for predicting data.
     assert (predicted - future).square().mean() < {"data": 0.3, "velocity": 0.9}[prediction] * copied
     assert (shuffled - future).square().mean() > copied
+
+
+def test_an_image_to_video_model_sees_which_frames_are_given():
+    """Wan's 36 channels: latents, a mask, and the latents of the given frames."""
+    video = VIDEO.model_copy(update={"in_channels": 2 * 4 + 4})
+    model, batch = awaken(make(video=video, residual_std=1.0, predict_residual=False)), make_batch()
+    seen = []
+    model.video.embed = lambda latents: seen.append(latents) or type(model.video).embed(model.video, latents)
+    loss(model, batch)
+    future, context = seen
+    given = batch["latents"][:, :1]
+    assert torch.equal(context, torch.cat([given, torch.ones_like(given), given], dim=2))
+    assert torch.equal(future[:, :, 4:], torch.zeros_like(future[:, :, 4:]))

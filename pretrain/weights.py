@@ -1,0 +1,148 @@
+"""Tensors in safetensors files, one file or several shards: read one by one, written shard by shard, never unpickled.
+
+The names of the files are those of transformers and diffusers: `STEM.safetensors`, or where that would be large
+`STEM-00001-of-00003.safetensors` … with `STEM.safetensors.index.json`, which says what lies where.
+"""
+
+import copy
+import difflib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from configs.loader import UserError
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+Shape = tuple[int, ...]
+
+
+class WeightFiles:
+    """The tensors of one `stem` in a folder. Names and shapes are known at once, tensors are read one by one.
+
+    Raises a `UserError` where a file is missing, cannot be read, or is not safetensors.
+    """
+
+    def __init__(self, folder: Path, stem: str) -> None:
+        self.folder = folder
+        self.shapes: dict[str, Shape] = {}
+        self._stored: dict[str, tuple[Path, str]] = {}
+        for path in _files(folder, stem):
+            with _opened(path) as file:
+                for name in file.keys():  # noqa: SIM118  # a file is no dict
+                    self.shapes[name] = tuple(file.get_slice(name).get_shape())
+                    self._stored[name] = path, name
+
+    def renamed(self, rename: Callable[[str], str]) -> Self:
+        """The same tensors under other names."""
+        other = copy.copy(self)
+        other.shapes = {rename(name): shape for name, shape in self.shapes.items()}
+        other._stored = {rename(name): stored for name, stored in self._stored.items()}
+        return other
+
+    def read(self, name: str) -> Tensor:
+        path, stored_name = self._stored[name]
+        with _opened(path) as file:
+            return file.get_tensor(stored_name)
+
+
+def load_strictly(module: nn.Module, *sources: WeightFiles) -> str:
+    """Copies the sources' tensors into a module's own, whatever their number format, if they are the same ones.
+
+    Otherwise nothing is copied, and what differs is returned, as the middle of a sentence.
+    """
+    target = module.state_dict()
+    found = {name: shape for source in sources for name, shape in source.shapes.items()}
+    problem = differences({name: tuple(value.shape) for name, value in target.items()}, found)
+    if not problem:
+        with torch.no_grad():
+            for source in sources:
+                for name in source.shapes:
+                    target[name].copy_(source.read(name))
+    return problem
+
+
+def _files(folder: Path, stem: str) -> list[Path]:
+    whole, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        pickles = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
+        what = f"its weights are pickles ({pickles[0]})" if pickles else f"holds no {whole.name}"
+        raise UserError(f"{folder}: {what}; give a folder with safetensors, which cannot run code when they are read.")
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise UserError(f"{index}: is not an index of weights; copy the folder again.") from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(f"{index}: names {name!r}, which is no safetensors file beside it; copy the folder again.")
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name}: is missing, but {index.name} names it; copy the folder again.")
+    return [folder / name for name in names]
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); copy or write it again.") from None
+
+
+def differences(expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> str:
+    """What keeps found tensors from being loaded, as the middle of a sentence; empty where nothing does."""
+    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    reshaped = sorted(name for name in expected.keys() & found.keys() if expected[name] != found[name])
+    told = []
+    if missing:
+        told.append(f"{len(missing)} of {len(expected)} tensors are missing, first {missing[0]}{_near(missing, found)}")
+    if unknown:
+        told.append(f"{len(unknown)} are not known here, first {unknown[0]}{_near(unknown, expected)}")
+    if reshaped:
+        name = reshaped[0]
+        shapes = f"{list(found[name])} instead of {list(expected[name])}"
+        told.append(f"{len(reshaped)} have another shape, first {name} with {shapes}")
+    return "; ".join(told)
+
+
+def _near(names: Sequence[str], others: Mapping[str, Shape]) -> str:
+    near = difflib.get_close_matches(names[0], others, n=1, cutoff=0.8)
+    return f" (nearest: {near[0]})" if near else ""
+
+
+def write_shards(
+    folder: Path,
+    stem: str,
+    shapes: Mapping[str, Shape],
+    read: Callable[[str], Tensor],
+    max_shard_bytes: int,
+    dtype: torch.dtype,
+) -> list[Path]:
+    """Writes the tensors that `read` gives by name, one shard in memory at a time; one file where all fit into one."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, shape in shapes.items():
+        size = torch.Size(shape).numel() * dtype.itemsize
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    paths = [folder / f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        paths = [folder / f"{stem}.safetensors"]
+    for path, names in zip(paths, shards, strict=True):
+        # Cloned, because tensors that share memory (views, tied weights) are refused.
+        save_file({name: read(name).to(dtype, copy=True).contiguous() for name in names}, path, {"format": "pt"})
+    if len(shards) > 1:
+        total = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
+        weight_map = {name: path.name for path, names in zip(paths, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+    return paths
