@@ -42,10 +42,11 @@ class Batches(Protocol):
 
 
 def check_micro_batches(global_batch_size: int, engine: Engine) -> None:
-    parts = engine.world_size * engine.grad_accum_steps
+    parts = engine.data_world_size * engine.grad_accum_steps
     if global_batch_size % parts:
         raise UserError(
             f"loader.global_batch_size={global_batch_size} cannot be cut equally for {engine.world_size} rank(s) with "
+            f"engine.sequence_parallel={engine.sequence_parallel} and "
             f"engine.grad_accum_steps={engine.grad_accum_steps}; choose a multiple of {parts}."
         )
 
@@ -66,7 +67,7 @@ def forward_backward(engine: Engine, batch: Batch, draws: SampleDraws) -> dict[s
 def sample_draws(engine: Engine, seed: int, step: int, batch: Batch, stream: Stream = "train") -> SampleDraws:
     """The draws of this rank's part of a step's global batch."""
     size = num_samples(batch)
-    places = range(engine.rank * size, (engine.rank + 1) * size)
+    places = range(engine.data_rank * size, (engine.data_rank + 1) * size)
     return SampleDraws.seeded(seed, step, places, engine.device, stream)
 
 
@@ -104,7 +105,7 @@ def data_row(engine: Engine, batches: Batches) -> dict[str, Any]:
     return {
         "samples_seen": sum(batches.cursor.consumed.values()),
         **{f"epoch/{source}": round(epoch, 4) for source, epoch in batches.epochs().items()},
-        **{f"bad_samples/{reason}": round(mean * engine.world_size) for reason, mean in bad.items() if mean},
+        **{f"bad_samples/{reason}": round(mean * engine.data_world_size) for reason, mean in bad.items() if mean},
     }
 
 

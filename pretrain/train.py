@@ -178,7 +178,7 @@ def train(
     metrics = MetricsLog(config.run_dir / "metrics.jsonl", state.step, engine.is_main)
     progress = Progress(config.num_steps, engine.is_main)
     timer = StepTimer(config.loader.global_batch_size)
-    batches = open_batches("train", engine.rank, engine.world_size, Cursor.model_validate(state.cursor))
+    batches = open_batches("train", engine.data_rank, engine.data_world_size, Cursor.model_validate(state.cursor))
     if batches is None:
         raise UserError(f"{config.loader.dataset}: its train split holds nothing to train on.")
     reading = iter(batches)
@@ -187,7 +187,7 @@ def train(
         step = state.step + 1
         with timer.waiting_for_data():
             batch = next(reading)
-        seed_layers(config.seed, step, engine.rank)
+        seed_layers(config.seed, step, engine.data_rank)
         losses = forward_backward(engine, batch, sample_draws(engine, config.seed, step, batch))
         report = engine.step(learning_rate(config.optimizer, step, config.num_steps))
         if report.was_applied:
@@ -227,7 +227,7 @@ def train(
 def validate(
     config: TrainConfig, engine: Engine, ema: ExponentialMovingAverage, open_batches: OpenBatches, step: int
 ) -> dict[str, Any] | None:
-    batches = open_batches("validation", engine.rank, engine.world_size, Cursor()) or ()
+    batches = open_batches("validation", engine.data_rank, engine.data_world_size, Cursor()) or ()
     return validation_row(engine, ema, batches, num_batches=config.validation_batches, seed=config.seed, step=step)
 
 

@@ -139,7 +139,7 @@ class JointVideoAction(nn.Module):
         groups = [world_model.context_group(context), self.action_expert.proprio_group(proprio), future, chunk]
         tokens, _ = run_experts(self.experts, self.project_text(batch["text_tokens"]), groups, VISIBILITY)
         video_pred = world_model.read_future(tokens[2], video_embedding, noised_video)
-        return video_pred, self.action_expert.read_actions(tokens[3], chunk_embedding)
+        return video_pred, self.action_expert.read_actions(tokens[3], chunk_embedding, noised_actions.shape[1])
 
     @torch.no_grad()
     def plan(
@@ -169,7 +169,7 @@ class JointVideoAction(nn.Module):
             chunk, chunk_embedding = self.action_expert.action_group(actions, flow_time)
             tokens, _ = run_experts(self.experts, projected, [future, chunk], VISIBILITY, past)
             video_pred = world_model.read_future(tokens[0], video_embedding, video).float()
-            action_pred = self.action_expert.read_actions(tokens[1], chunk_embedding).float()
+            action_pred = self.action_expert.read_actions(tokens[1], chunk_embedding, self.action_horizon).float()
             video_step = flow_matching.to_velocity(video_pred, video, flow_time, world_model.config.prediction)
             action_step = flow_matching.to_velocity(action_pred, actions, flow_time, config.action_prediction)
             video = video + (following - now) * video_step

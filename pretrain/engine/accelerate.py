@@ -4,7 +4,7 @@ Its checkpoint files are safetensors. Replicated weights are written once and re
 shards are written by every rank and resume on as many.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,20 +118,25 @@ class AccelerateEngine(Engine):
 
 
 def _shard(module: nn.Module, device: torch.device, world_size: int) -> None:
-    """FSDP2: each block of a `ModuleList` is gathered, used and dropped on its own, the rest as one unit.
+    """FSDP2: each block of an outer `ModuleList` is gathered, used and dropped on its own, the rest as one unit.
 
     torch's `fully_shard` is called directly because accelerate's own wrapping of it exists on GPUs only.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(device.type, (world_size,))
-    for child in module.modules():
-        if isinstance(child, nn.ModuleList):
-            for block in child:
-                fully_shard(block, mesh=mesh)
+    for block in _blocks(module):
+        fully_shard(block, mesh=mesh)
+        for name in getattr(block, "entry_points", ()):
+            register_fsdp_forward_method(block, name)
     # A root stays gathered after its forward by default: weights read or written then would not be the real ones.
     fully_shard(module, mesh=mesh, reshard_after_forward=True)
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        yield from child if isinstance(child, nn.ModuleList) else _blocks(child)
 
 
 def _is_sharded(tensor: Any) -> bool:

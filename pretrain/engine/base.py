@@ -1,7 +1,8 @@
 """What a training loop asks of an engine: forward, backward, step, save, load, and to agree with the other ranks.
 
 The loss of a rank is the mean over its slice of the global batch and gradients are averaged over ranks, so that every
-engine on any number of ranks takes the step that one process would take on the whole global batch.
+engine on any number of ranks takes the step that one process would take on the whole global batch. Ranks that share a
+sequence have the same slice.
 """
 
 import json
@@ -21,6 +22,7 @@ from configs.loader import StrictConfig, UserError
 from ..draws import SampleDraws
 from ..world_models.base import LossTerms
 from .ranks import join_ranks, resolve_precision
+from .sequence_parallel import split_sequence
 
 LAYOUT_FILE = "layout.json"
 
@@ -37,6 +39,9 @@ class EngineConfig(StrictConfig):
     grad_accum_steps: int = Field(1, ge=1, description="micro-batches per rank and step")
     zero_stage: Literal[1, 2, 3] = Field(
         1, description="deepspeed: shard optimizer states (1), gradients too (2), weights too (3)"
+    )
+    sequence_parallel: int = Field(
+        1, ge=1, description="consecutive ranks that share each sequence (Ulysses); divides the attention heads"
     )
     sharding: Literal["ddp", "fsdp2"] = Field("ddp", description="accelerate: replicate the weights or shard them")
     timeout_s: float = Field(1800, gt=0, le=1e6, description="how long a rank waits for the others before it gives up")
@@ -77,8 +82,20 @@ class Engine(ABC):
         self.precision = resolve_precision(config.precision, self.ranks)
         self.grad_accum_steps = config.grad_accum_steps
         self.module = module.to(self.device)
+        self.sequence_parallel = config.sequence_parallel
+        split_sequence(module, self.ranks, self.sequence_parallel, config.timeout_s)
         self._loss_module = LossModule(self.module)
         self._micro_step = 0  # backward passes since the last step
+
+    # Ranks that share a sequence are one reader of data: they get the same samples and draw the same noise.
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank // self.sequence_parallel
+
+    @property
+    def data_world_size(self) -> int:
+        return self.world_size // self.sequence_parallel
 
     @property
     def is_main(self) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from configs.loader import StrictConfig
 
+from .sequence import SplitsSequence
 from .token_groups import TokenGroup
 from .transformer import ExpertBlock, FP32LayerNorm
 from .video_dit import ConditionEmbedder, VideoDiTConfig, rotary_table, rotations
@@ -28,12 +29,12 @@ class ActionExpertConfig(StrictConfig):
     freq_dim: int = Field(256, ge=2, multiple_of=2, description="sinusoids of the timestep embedding")
 
 
-class ActionExpert(nn.Module):
+class ActionExpert(SplitsSequence):
     """Proprio is one clean token, an action chunk is one token per action, each with its own flow time."""
 
     def __init__(self, config: ActionExpertConfig, video: VideoDiTConfig, action_dim: int, proprio_dim: int) -> None:
         super().__init__()
-        self.head_dim = video.attention_head_dim
+        self.heads, self.head_dim = video.num_attention_heads, video.attention_head_dim
         self.condition_embedder = ConditionEmbedder(config.width, config.freq_dim, video.text_dim)
         self.proprio_in = nn.Linear(proprio_dim, config.width)
         self.action_in = nn.Linear(action_dim, config.width)
@@ -64,8 +65,12 @@ class ActionExpert(nn.Module):
     def _group(self, name: str, tokens: Float[Tensor, "b n d"], modulation: Tensor) -> TokenGroup:
         count = tokens.shape[1]
         rotary = rotations(rotary_table(self.head_dim, torch.arange(count)), tokens.device)
-        return TokenGroup(name, ACTION_EXPERT, tokens, modulation, rotary, torch.zeros(count, dtype=torch.long))
+        blocks = torch.zeros(count, dtype=torch.long)
+        return TokenGroup(name, ACTION_EXPERT, tokens, modulation, rotary, blocks).split(self.sequence)
 
-    def read_actions(self, tokens: Float[Tensor, "b k d"], embedding: Float[Tensor, "b 1 d"]) -> Float[Tensor, "b k a"]:
+    def read_actions(
+        self, tokens: Float[Tensor, "b n d"], embedding: Float[Tensor, "b 1 d"], num_actions: int
+    ) -> Float[Tensor, "b num_actions a"]:
         shift, scale = (self.scale_shift_table[:, None].float() + embedding[:, :, None].float()).unbind(2)
-        return self.action_out((self.norm_out(tokens.float()) * (1 + scale) + shift).type_as(tokens))
+        actions = self.action_out((self.norm_out(tokens.float()) * (1 + scale) + shift).type_as(tokens))
+        return self.sequence.whole(actions, 1, num_actions)

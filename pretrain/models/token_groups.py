@@ -8,13 +8,15 @@ each other, so a new group changes nothing until somebody says who may look at i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import lru_cache
 
 import torch
 from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor
+
+from .sequence import ONE_RANK, SequenceRanks
 
 Rotary = Complex[Tensor, "n half"]
 """Rotation per token and per pair of head channels, as complex numbers of modulus 1."""
@@ -33,8 +35,16 @@ class TokenGroup:
     tokens: Float[Tensor, "b n d"]
     modulation: Float[Tensor, "b m 6 d"]
     rotary: Rotary
-    block_index: Int[Tensor, "n"]
-    """Temporal chunk of each token, for the rules that compare chunks."""
+    block_index: Int[Tensor, "m"]
+    """Temporal chunk of each token, for the rules that compare chunks; of all tokens, on every rank."""
+    sequence: SequenceRanks = ONE_RANK
+    """Who has the other tokens, where `tokens` and `rotary` are a part."""
+
+    def split(self, sequence: SequenceRanks) -> TokenGroup:
+        """This rank's part of a whole group."""
+        rows = self.modulation.shape[1]
+        tokens, rotary = sequence.part(self.tokens, rows, dim=1), sequence.part(self.rotary, rows, dim=0)
+        return replace(self, tokens=tokens, rotary=rotary, sequence=sequence)
 
 
 class Rule(StrEnum):

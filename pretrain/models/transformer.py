@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from .sequence import HeadExchange
 from .token_groups import GroupHeader, Rotary, TokenGroup, Visibility, attention_mask, header
 
 Modulation = Float[Tensor, "b m d"]
@@ -70,6 +71,8 @@ class FeedForward(nn.Module):
 
 class ExpertBlock(nn.Module):
     """One layer of one expert, in the two halves that lie before and after the shared attention."""
+
+    entry_points = ("modulations", "attention_inputs", "after_attention")  # it has no forward for FSDP2 to hook into
 
     def __init__(
         self, width: int, ffn_dim: int, heads: int, head_dim: int, eps: float = 1e-6, cross_attn_norm: bool = True
@@ -174,6 +177,8 @@ def run_experts(
     past = past or KeyValueCache()
     headers = [header(group) for group in groups]
     mask = attention_mask(headers, past.headers + headers, visibility, groups[0].tokens.device)
+    group_sizes = [(len(group.block_index), group.modulation.shape[1]) for group in groups]
+    exchange = HeadExchange(groups[0].sequence, group_sizes, groups[0].tokens.device)
     sizes = [group.tokens.shape[1] for group in groups]
     tokens = [group.tokens for group in groups]
     present = KeyValueCache(headers=headers)
@@ -186,12 +191,12 @@ def run_experts(
             queries.append(rotate(query, group.rotary))
             keys.append(rotate(key, group.rotary))
             values.append(value)
-        present.layers.append((torch.cat(keys, 1), torch.cat(values, 1)))
-        key, value = present.layers[-1]
+        query, key, value = exchange.to_heads(*(torch.cat(parts, 1) for parts in (queries, keys, values)))
+        present.layers.append((key, value))
         if past.layers:
             key = torch.cat([past.layers[layer][0], key], 1)
             value = torch.cat([past.layers[layer][1], value], 1)
-        attended = attention(torch.cat(queries, 1), key, value, mask).split(sizes, dim=1)
+        attended = exchange.to_tokens(attention(query, key, value, mask)).split(sizes, dim=1)
         tokens = [
             block.after_attention(x, part, text[group.expert], rows)
             for block, x, part, rows, group in zip(blocks, tokens, attended, modulations, groups, strict=True)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from configs.loader import StrictConfig
 
+from .sequence import SplitsSequence
 from .token_groups import Rotary, Rule, TokenGroup
 from .transformer import ExpertBlock, FP32LayerNorm, run_experts
 
@@ -86,12 +87,13 @@ class ConditionEmbedder(nn.Module):
         return embedding, self.time_proj(F.silu(embedding)).unflatten(2, (6, -1))
 
 
-class VideoDiT(nn.Module):
+class VideoDiT(SplitsSequence):
     """See the module docstring. Weight names equal diffusers' `WanTransformer3DModel`'s."""
 
     def __init__(self, config: VideoDiTConfig) -> None:
         super().__init__()
         self.config = config
+        self.heads = config.num_attention_heads
         width = config.width
         self.patch_embedding = nn.Conv3d(config.in_channels, width, config.patch_size, stride=config.patch_size)
         self.condition_embedder = ConditionEmbedder(width, config.freq_dim, config.text_dim)
@@ -158,7 +160,8 @@ class VideoDiT(nn.Module):
         t, h, w = self.grid((latents.shape[1], *latents.shape[3:]))
         blocks = torch.arange(first_frame, first_frame + t).repeat_interleave(h * w)
         rotary = self.rotary((t, h, w), first_frame, latents.device)
-        return TokenGroup(name, VIDEO_EXPERT, self.embed(latents), modulation, rotary, blocks)
+        group = TokenGroup(name, VIDEO_EXPERT, self.embed(latents), modulation, rotary, blocks)
+        return group.split(self.sequence)
 
     def head(
         self, tokens: Float[Tensor, "b n d"], embedding: Float[Tensor, "b m d"], grid: tuple[int, int, int]
@@ -170,7 +173,7 @@ class VideoDiT(nn.Module):
         t, h, w = grid
         s, p, q = self.config.patch_size
         return rearrange(
-            out,
+            self.sequence.whole(out, shift.shape[1], t * h * w),
             "b (t h w) (s p q c) -> b (t s) c (h p) (w q)",
             t=t,
             h=h,

@@ -1,0 +1,139 @@
+"""Trains tiny transformers under every engine and sequence split in one set of ranks: `sequence_ranks.py OUT.json`.
+
+Under torchrun, on two or four CPU ranks. Each entry says how far two steps are from those of a plain torch loop on
+whole sequences and whole global batches. AdamW with an epsilon of 1 makes the updates nearly proportional to the
+gradients, so that weights show a wrong scale, and nothing is clipped.
+"""
+
+import json
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from finetune.paradigms.joint_video_action import JointVideoAction, JointVideoActionConfig
+from pretrain.draws import SampleDraws
+from pretrain.engine import EngineConfig, OptimizerConfig, create_engine
+from pretrain.engine.optimizer import build_optimizer
+from pretrain.models.action_expert import ActionExpertConfig
+from pretrain.models.video_dit import VideoDiTConfig
+from pretrain.steps import forward_backward, sample_draws
+from pretrain.world_models.observation_space import ObservationSpaceConfig, ObservationSpaceWorldModel
+
+BATCH, NUM_STEPS, LEARNING_RATE = 4, 2, 0.1
+OPTIMIZER = OptimizerConfig(eps=1.0, weight_decay=0.0, max_grad_norm=0.0)
+ENGINES: dict[str, dict[str, Any]] = {
+    "zero1": {"kind": "deepspeed", "zero_stage": 1},
+    "zero2": {"kind": "deepspeed", "zero_stage": 2},
+    "zero3": {"kind": "deepspeed", "zero_stage": 3},
+    "ddp": {"kind": "accelerate", "sharding": "ddp"},
+    "fsdp2": {"kind": "accelerate", "sharding": "fsdp2"},
+}
+
+
+def video_model() -> ObservationSpaceWorldModel:
+    # 3x3 tokens per latent frame: neither two nor four ranks can share them equally.
+    video = VideoDiTConfig(
+        patch_size=(1, 1, 1), num_attention_heads=4, attention_head_dim=6, in_channels=4, out_channels=4, text_dim=8,
+        freq_dim=16, ffn_dim=32, num_layers=2,
+    )  # fmt: skip
+    return ObservationSpaceWorldModel(
+        ObservationSpaceConfig(
+            video=video, action_dim=2, actions_per_latent=2, residual_std=0.5, predict_residual=True, text_dropout=0.2
+        )
+    )
+
+
+def joint_model() -> JointVideoAction:
+    config = JointVideoActionConfig(
+        action_expert=ActionExpertConfig(width=16, ffn_dim=24, freq_dim=8), action_horizon=4, proprio_dim=3
+    )
+    return JointVideoAction(config, video_model())
+
+
+def build(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    model: nn.Module = video_model() if kind == "video" else joint_model()
+    for parameter in model.parameters():  # layers that start at zero would hide what comes before them
+        nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def global_batch(step: int) -> dict[str, Any]:
+    drawn = torch.Generator().manual_seed(step)
+    return {
+        "latents": torch.randn(BATCH, 3, 4, 3, 3, generator=drawn),
+        "text_tokens": torch.randn(BATCH, 3, 8, generator=drawn),
+        "actions": torch.randn(BATCH, 4, 2, generator=drawn),
+        "action_is_valid": torch.ones(BATCH, 4, 2, dtype=torch.bool),
+        "has_actions": torch.tensor([True, True, False, True]),
+        "proprio": torch.randn(BATCH, 3, generator=drawn),
+    }
+
+
+Seen = tuple[list[list[float]], dict[str, torch.Tensor]]
+"""Loss and gradient norm of each step; the weights after them and, where weights are not sharded, what they imagine."""
+
+
+def imagine(model: nn.Module) -> dict[str, torch.Tensor]:
+    """With the context kept as keys and values."""
+    if not isinstance(model, ObservationSpaceWorldModel):
+        return {}
+    batch, generator = global_batch(99), torch.Generator().manual_seed(0)
+    return {
+        "imagined": model.predict(batch["latents"][:, :1], batch["actions"], batch["text_tokens"], generator=generator)
+    }
+
+
+def reference(kind: str) -> Seen:
+    model = build(kind)
+    optimizer = build_optimizer(OPTIMIZER.model_copy(update={"learning_rate": LEARNING_RATE}), model)
+    rows = []
+    for step in range(1, NUM_STEPS + 1):
+        loss = model.loss(global_batch(step), SampleDraws.seeded(0, step, range(BATCH))).total
+        loss.backward()
+        rows.append([loss.item(), nn.utils.clip_grad_norm_(model.parameters(), float("inf")).item()])
+        optimizer.step()
+        optimizer.zero_grad()
+    return rows, {**model.state_dict(), **imagine(model)}
+
+
+def train(kind: str, engine_settings: dict[str, Any]) -> Seen:
+    config = EngineConfig.model_validate({"device": "cpu", "precision": "fp32", **engine_settings})
+    engine = create_engine(config, build(kind), OPTIMIZER)
+    share = BATCH // engine.data_world_size
+    rows = []
+    for step in range(1, NUM_STEPS + 1):
+        batch = {name: rows[engine.data_rank * share :][:share] for name, rows in global_batch(step).items()}
+        losses = forward_backward(engine, batch, sample_draws(engine, 0, step, batch))
+        report = engine.step(LEARNING_RATE)
+        rows.append([engine.mean_across_ranks({"loss": losses["loss"].item()})["loss"], report.grad_norm])
+    weights = engine.full_state_dict()
+    if config.kind == "accelerate" and config.sharding == "ddp":
+        weights |= imagine(engine.module)
+    engine.close()
+    return rows, weights
+
+
+def distance(seen: Seen, expected: Seen) -> dict[str, float]:
+    rows = (torch.tensor(seen[0]) - torch.tensor(expected[0])).abs()
+    worst = max((value - expected[1][name]).abs().max().item() for name, value in seen[1].items())
+    return {"loss": rows[:, 0].max().item(), "grad_norm": rows[:, 1].max().item(), "weights": worst}
+
+
+if __name__ == "__main__":
+    out = Path(sys.argv[1])
+    expected = {kind: reference(kind) for kind in ("video", "joint")}
+    splits = [size for size in (1, 2, 4) if size <= int(sys.argv[2])]
+    cases = {
+        f"{name}/{size}": ("video", {**settings, "sequence_parallel": size})
+        for (name, settings), size in product(ENGINES.items(), splits)
+    }
+    cases["joint"] = ("joint", {**ENGINES["ddp"], "sequence_parallel": splits[-1]})
+    cases["bf16"] = ("video", {**ENGINES["zero1"], "sequence_parallel": splits[-1], "precision": "bf16"})
+    seen = {name: distance(train(kind, settings), expected[kind]) for name, (kind, settings) in cases.items()}
+    if torch.distributed.get_rank() == 0:
+        out.write_text(json.dumps(seen, indent=1))
