@@ -62,7 +62,7 @@ def ours(dataset: Path, num_batches: int, **settings: Any) -> None:
 
 def throughput(dataset: Path, repeats: int, num_batches: int) -> None:
     say(f"throughput: samples/s, {num_batches} batches of {BATCH}, page cache warm")
-    for reads, settings in (("latents", {}), ("video", {"load_video": True})):
+    for reads, settings in (("latents", {}), ("video", {"reads": "both"})):
         for num_workers in (0, 2):
             count = num_batches if reads == "latents" else num_batches // 5
             works: dict[str, Callable[[], object]] = {

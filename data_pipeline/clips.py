@@ -1,48 +1,60 @@
 """One clip -> tensors: what the members of a sample become, and how clips become a batch."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
+import numpy as np
 import torch
-from pydantic import Field, PositiveInt
+from jaxtyping import Float, UInt8
+from pydantic import Field
+from torch import Tensor
 from torch.utils.data import Dataset
 
-from configs.loader import StrictConfig, UserError
+from configs.loader import UserError
 
-from .align import spans_mask
+from .align import AlignedControl, ClipClock, align_control, nearest_frames, spans_mask
+from .augment import Augmentation, AugmentConfig, Place, Shown
 from .dataset_index import BadSampleError, DatasetIndex
-from .normalize import NormalizationMode
+from .embodiments import Embodiment
+from .model_inputs import InputConfig, ModelInputs
 from .sample import SampleMeta, read_array, read_tensor
 from .shards import ShardError
 from .video_io import VideoError, decode_clip
+from .view_layout import LATENTS, PIXELS
 
 Batch = dict[str, Any]
-"""Tensors of one rank's part of a global batch (dims: b batch, t latent frames, k actions, l text tokens, …):
+"""Tensors of one rank's part of a global batch (dims: b batch, v views that are shown at once, f frames, t latent
+frames, h w height and width of the picture that `layout` makes of the views, k actions, l text tokens, …):
 
-    latents          float32 [b t c h w]
+    latents          float32 [b t c h w]  with reads=latents or both; [b v t c h w] where layout=separate
+    video            uint8   [b f h w 3]  with reads=video or both; [b v f h w 3] where layout=separate
+    view_is_valid    bool    [b v]        false: the view was dropped, and is black
     text_tokens      float32 [b l d]      zero-padded; all zero where the clip has no text
     actions          float32 [b k a]      normalised per embodiment; zero where not valid; a and s are at least 1
     action_is_valid  bool    [b k a]      false: no action was recorded, or the robot has fewer dimensions
     has_actions      bool    [b]
-    proprio          float32 [b s]        at the clip's first frame, normalised; zero where there is none
-    video            uint8   [b f h w 3]  with `load_video`
+    proprio          float32 [b s]        at the first frame, normalised; zero where there is none
     keys             list of b sample keys
+
+All of them speak of the same `crop_frames`: f of them are 1 + (f - 1) / 4 latent frames and (f - 1) * r actions, with r
+the dataset's actions per frame; those between frames i and i + 1 are the rows r * i to r * (i + 1).
 """
-
-
-class InputConfig(StrictConfig):
-    """What a model is fed; whoever uses the model later has to feed it the same."""
-
-    view: str | None = Field(None, description="Which view's latents (and video); null: the dataset's first.")
-    normalization: NormalizationMode = Field("quantile", description="Of actions and proprio, per embodiment.")
-    text_length: PositiveInt = Field(32, description="Text tokens per sample: padded with zeros or cut to so many.")
 
 
 class ClipConfig(InputConfig):
     """How clips are read."""
 
-    load_video: bool = Field(False, description="Also decode the pixels.")
+    reads: Literal["latents", "video", "both"] = Field(
+        "latents",
+        description="latents: those that `build` stored. video: pixels, which the model encodes itself, on its own "
+        "device; slower, but crops may begin anywhere and the speed may vary.",
+    )
+    augment: AugmentConfig = AugmentConfig()
     check_sha256: bool = Field(False, description="Compare each sample read with the manifest's checksum.")
+
+    @property
+    def inputs(self) -> InputConfig:
+        return InputConfig(**{name: getattr(self, name) for name in InputConfig.model_fields})
 
 
 BadSample = tuple[str, str]
@@ -50,11 +62,20 @@ BadSample = tuple[str, str]
 
 
 class ClipDataset(Dataset[Batch]):
-    """Samples as tensors, by position in the manifest."""
+    """Samples as tensors, by position in the manifest and place in the global order."""
 
     def __init__(self, index: DatasetIndex, config: ClipConfig) -> None:
         self.index, self.config = index, config
-        self.view = index.check_view(config.view)
+        self.inputs = ModelInputs(index, config.inputs)
+        self.augmentation = Augmentation(self.inputs, config.augment)
+        if config.augment.moves_frames and config.reads != "video":
+            # Also a start at frame 4, 8, …: the first latent frame of the crop would stand for four frames, and the
+            # model has learned that the first one stands for one.
+            raise UserError(
+                f"loader.augment moves frames (random_start, speed), but loader.reads={config.reads} takes stored "
+                "latents, which begin with the clip; set loader.reads=video."
+            )
+        self._black = self._black_latents() if config.reads != "video" else {}
         mode = config.normalization
         self.normalizers = {
             name: (index.normalizer(name, "actions_absolute", mode), index.normalizer(name, "proprio", mode))
@@ -64,16 +85,18 @@ class ClipDataset(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitems__(self, positions: Sequence[int]) -> tuple[list[Batch], list[BadSample]] | UserError:
+    def __getitems__(
+        self, requests: Sequence[tuple[int, Place | None]]
+    ) -> tuple[list[Batch], list[BadSample]] | UserError:
         """A part of a batch, in which the next good sample stands in for a bad one.
 
         Errors are handed over as values: raised in a worker process, torch would bury their sentence in a traceback.
         """
         clips: list[Batch | None] = []
         bad: list[BadSample] = []
-        for position in positions:
+        for position, place in requests:
             try:
-                clips.append(self[position])
+                clips.append(self.read(position, place))
             except BadSampleError as error:
                 clips.append(None)
                 bad.append((error.reason, str(error)))
@@ -84,18 +107,34 @@ class ClipDataset(Dataset[Batch]):
         return [clip for clip in stand_ins if clip is not None], bad
 
     def __getitem__(self, position: int) -> Batch:
+        return self.read(position)
+
+    def read(self, position: int, place: Place | None = None) -> Batch:
+        """A sample as it is shown at this place of the order; without one, as it is."""
         members = self.index.read_sample(position, check_sha256=self.config.check_sha256)
         try:
-            return self._tensors(members)
+            return self._tensors(members, place)
         except (KeyError, ValueError, RuntimeError, VideoError) as error:
             problem = ShardError(f"holds a member that cannot be read ({error})", "damaged_member")
             raise self.index.bad_sample(position, problem) from error
 
-    def _tensors(self, members: dict[str, Any]) -> Batch:
+    def _tensors(self, members: dict[str, Any], place: Place | None) -> Batch:
         meta = SampleMeta.model_validate_json(members["meta.json"])
-        actions, is_valid, proprio = self._control(members, meta)
-        clip = {
-            "latents": read_tensor("latents", members[f"{self.view}.latents.safetensors"]),
+        shown = self.augmentation.draw(place, meta.num_frames)
+        clock = ClipClock(
+            shown.start / meta.fps,
+            meta.fps / shown.speed,
+            self.inputs.num_frames,
+            self.index.info.actions_per_frame,
+        )
+        clip: Batch = {}
+        if self.config.reads != "video":
+            clip["latents"] = self._latents(members, shown)
+        if self.config.reads != "latents":
+            clip["video"] = self._video(members, meta, shown, clock)
+        actions, is_valid, proprio = self._control(members, meta, clock)
+        return clip | {
+            "view_is_valid": torch.tensor(shown.view_is_valid),
             "text_tokens": self._text(members),
             "actions": actions,
             "action_is_valid": is_valid,
@@ -103,9 +142,40 @@ class ClipDataset(Dataset[Batch]):
             "proprio": proprio,
             "keys": members["__key__"],
         }
-        if self.config.load_video:
-            clip["video"] = torch.from_numpy(decode_clip(members[f"{self.view}.mp4"]))
-        return clip
+
+    def _latents(self, members: Mapping[str, Any], shown: Shown) -> Float[Tensor, "..."]:
+        # A causal codec's first latent frames are those of the first frames, whatever comes after them.
+        frames = self.inputs.num_latent_frames
+        views = [
+            read_tensor("latents", members[f"{view}.latents.safetensors"])[:frames] if is_valid else self._black[view]
+            for view, is_valid in zip(shown.views, shown.view_is_valid, strict=True)
+        ]
+        return self.inputs.layout.join(views, LATENTS)
+
+    def _black_latents(self) -> dict[str, Float[Tensor, "t c h w"]]:
+        """Of the views that may be dropped: what black video is encoded to."""
+        names = [name for name, share in self.config.augment.view_dropout.items() if share > 0]
+        codec = self.index.codec() if names else None
+        return {
+            name: codec.encode(_black_video(1, self.inputs.num_frames, *self._size(name)))[0].to(torch.bfloat16)
+            for name in names
+            if codec is not None
+        }
+
+    def _video(
+        self, members: Mapping[str, Any], meta: SampleMeta, shown: Shown, clock: ClipClock
+    ) -> UInt8[Tensor, "..."]:
+        positions = nearest_frames(clock.frame_times_s, meta.fps).clip(max=meta.num_frames - 1)
+        views = [
+            torch.from_numpy(decode_clip(members[f"{view}.mp4"], positions))
+            if is_valid
+            else _black_video(len(positions), *self._size(view))
+            for view, is_valid in zip(shown.views, shown.view_is_valid, strict=True)
+        ]
+        return self.inputs.layout.join(views, PIXELS)
+
+    def _size(self, view: str) -> tuple[int, int]:
+        return self.index.views[view].height, self.index.views[view].width
 
     def _text(self, members: dict[str, Any]) -> torch.Tensor:
         padded = torch.zeros(self.config.text_length, self.index.info.text_encoder.width)
@@ -114,31 +184,49 @@ class ClipDataset(Dataset[Batch]):
             padded[: len(text)] = text
         return padded
 
-    def _control(self, members: dict[str, Any], meta: SampleMeta) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _control(
+        self, members: Mapping[str, Any], meta: SampleMeta, clock: ClipClock
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         index = self.index
         # At least one number wide, so that no model needs a case for video without robots, or robots without proprio.
-        actions = torch.zeros(index.num_actions, max(index.action_dim, 1))
+        actions = torch.zeros(self.inputs.num_actions, max(index.action_dim, 1))
         is_valid = torch.zeros(actions.shape, dtype=torch.bool)
         proprio = torch.zeros(max(index.proprio_dim, 1))
         if not meta.has_actions:
             return actions, is_valid, proprio
         assert meta.embodiment is not None
         normalize_actions, normalize_proprio = self.normalizers[meta.embodiment]
-        rows = read_array(members["actions.npy"])
-        row_is_valid = spans_mask(meta.action_spans, len(rows))
+        control = read_control(members, meta, clock, index.embodiments[meta.embodiment])
+        row_is_valid = spans_mask(control.spans, len(control.actions))
         if normalize_actions is not None:
-            rows = normalize_actions.normalize(rows) * row_is_valid[:, None]
+            rows = normalize_actions.normalize(control.actions) * row_is_valid[:, None]
             actions[:, : rows.shape[1]] = torch.from_numpy(rows)
             is_valid[:, : rows.shape[1]] = torch.from_numpy(row_is_valid)[:, None]
-        if normalize_proprio is not None:
-            first = normalize_proprio.normalize(read_array(members["proprio.npy"])[0])
+        if normalize_proprio is not None and control.proprio is not None:
+            first = normalize_proprio.normalize(control.proprio[0])
             proprio[: len(first)] = torch.from_numpy(first)
         return actions, is_valid, proprio
 
 
+def read_control(members: Mapping[str, Any], meta: SampleMeta, clock: ClipClock, robot: Embodiment) -> AlignedControl:
+    """The actions and proprio of a sample on another clock, whose times count from the sample's first frame."""
+    actions = read_array(members["actions.npy"])
+    proprio = read_array(members["proprio.npy"]) if "proprio.npy" in members else None
+    if clock == ClipClock(0.0, meta.fps, meta.num_frames, clock.actions_per_frame):
+        return AlignedControl(actions, proprio, meta.action_spans)
+    assert meta.control_hz is not None  # of a sample with actions
+    recorded = np.where(spans_mask(meta.action_spans, len(actions))[:, None], actions, np.float32(np.nan))
+    return align_control(recorded, proprio, meta.control_hz, clock, robot)
+
+
+def _black_video(*size: int) -> UInt8[Tensor, "... 3"]:
+    return torch.zeros(*size, 3, dtype=torch.uint8)
+
+
 def collate(clips: list[Batch]) -> Batch:
     batch: Batch = {name: torch.stack([clip[name] for clip in clips]) for name in clips[0] if name != "keys"}
-    batch["latents"] = batch["latents"].float()
+    if "latents" in batch:
+        batch["latents"] = batch["latents"].float()
     batch["keys"] = [clip["keys"] for clip in clips]
     return batch
 

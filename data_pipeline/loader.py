@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader
 from configs.loader import StrictConfig, UserError
 from configs.problems import suggest
 
-from .clips import BadSample, Batch, ClipConfig, ClipDataset, InputConfig, collate_part
+from .augment import Place
+from .clips import BadSample, Batch, ClipConfig, ClipDataset, collate_part
 from .dataset import Split
 from .dataset_index import DatasetIndex
 from .sample_order import Cursor, SampleOrder, ShuffleConfig, Stream, weight_at
@@ -75,10 +76,6 @@ class LoaderConfig(ClipConfig):
         description="Share of the samples read (at least 1000) that may be unusable: each is told, counted, and "
         "replaced by another of its batch; more stop the run. 0: the first one does.",
     )
-
-    @property
-    def inputs(self) -> InputConfig:
-        return InputConfig(**{name: getattr(self, name) for name in InputConfig.model_fields})
 
 
 # --- batches ------------------------------------------------------------------------------------------------------
@@ -180,19 +177,28 @@ def _groups(index: DatasetIndex, config: LoaderConfig) -> dict[str, np.ndarray]:
 
 
 class _Parts:
-    """The positions in the manifest of this rank's part of each batch; cursors are noted as they are passed."""
+    """What this rank reads of each batch: positions in the manifest, and in training their places in the order.
+
+    Cursors are noted as they are passed.
+    """
 
     def __init__(self, loader: Loader, ahead: deque[Cursor]) -> None:
         self._loader, self._ahead = loader, ahead
 
-    def __iter__(self) -> Iterator[list[int]]:
-        loader, cursor = self._loader, self._loader.cursor
+    def __iter__(self) -> Iterator[list[tuple[int, Place | None]]]:
+        loader, config, cursor = self._loader, self._loader.config, self._loader.cursor
         while True:
+            step = cursor.step
             batch, cursor = loader.order.draw(cursor)
             self._ahead.append(cursor)
             part = batch.part(loader.rank, loader.world_size)
+            first_row = loader.rank * len(part.sample)
             yield [
-                int(loader._positions[stream][sample]) for stream, sample in zip(part.stream, part.sample, strict=True)
+                (
+                    int(loader._positions[stream][sample]),
+                    (config.seed, step, first_row + row) if config.split == "train" else None,
+                )
+                for row, (stream, sample) in enumerate(zip(part.stream, part.sample, strict=True))
             ]
 
 

@@ -22,9 +22,10 @@ from data_pipeline.align import spans_mask
 from data_pipeline.clips import ClipConfig, ClipDataset, collate
 from data_pipeline.dataset import DatasetFolder, Split
 from data_pipeline.dataset_index import DatasetIndex
+from data_pipeline.model_inputs import ModelInputs
 from data_pipeline.sample import SampleMeta, read_array
 from data_pipeline.video_io import decode_clip
-from pretrain.evaluate import check_same_codec, check_same_robot
+from pretrain.evaluate import check_same_encoders, check_same_robot
 from pretrain.world_models.observation_space import resolve
 
 from .baselines import BehaviourCloning, choose_embodiment
@@ -174,12 +175,12 @@ def _predict_policy(
     from .policy import Policy  # a model and its codec: only where such a row is asked for
 
     trained_on = DatasetFolder(checkpoint)
-    check_same_codec(index, trained_on)
+    check_same_encoders(index, trained_on)
     check_same_robot(index, embodiment, trained_on, needs_proprio=True)
     policy = Policy.load(checkpoint, blind=is_blind)
-    resolve(policy.config.world_model, index)
-    config = ClipConfig(load_video=is_blind, **policy.config.inputs.model_dump())
-    dataset = ClipDataset(index, config)
+    inputs = policy.config.inputs
+    resolve(policy.config.world_model, ModelInputs(index, inputs))
+    dataset = ClipDataset(index, ClipConfig(**inputs.model_dump()))
     chunks = []
     for start in range(0, len(clips.positions), batch_size):
         batch = collate([dataset[i] for i in clips.positions[start : start + batch_size].tolist()])
@@ -201,7 +202,7 @@ def _predict_bc(
     proprio = clips.proprio if clips.proprio is not None else np.zeros((len(clips.positions), 1), np.float32)
     for start in range(0, len(clips.positions), batch_size):
         batch = slice(start, start + batch_size)
-        videos = [decode_clip(index.read_sample(i)[f"{policy.spec.view}.mp4"])[0] for i in clips.positions[batch]]
+        videos = [decode_clip(index.read_sample(i)[f"{policy.spec.view}.mp4"], [0])[0] for i in clips.positions[batch]]
         images = torch.from_numpy(np.stack(videos))
         instructions = policy.instruction_indices(clips.instructions[batch])
         chunks.append(policy.predict(images, torch.from_numpy(proprio[batch]), instructions).numpy())

@@ -10,15 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from pydantic import Field
 from torch import Tensor
 
 from configs.loader import StrictConfig, UserError
-from data_pipeline.clips import InputConfig
 from data_pipeline.dataset import DatasetFolder
 from data_pipeline.encoders import pad_text
+from data_pipeline.model_inputs import InputConfig, ModelInputs
 from data_pipeline.video_io import prepare_view
+from data_pipeline.view_layout import PIXELS
 from pretrain.exported import load_model_config, load_weights
 from pretrain.world_models.base import Batch
 from pretrain.world_models.observation_space import ObservationSpaceConfig, ObservationSpaceWorldModel
@@ -46,8 +47,8 @@ class Policy:
         self.model = model.eval()
         self.config = config
         self.is_blind = is_blind
-        self.view_name = dataset.check_view(config.inputs.view)
-        self.view = dataset.views[self.view_name]
+        self.inputs = ModelInputs(dataset, config.inputs)
+        self.view_names = self.inputs.shown
         self.text_encoder = dataset.text_encoder()
         self.text_length = config.inputs.text_length
         embodiment, mode = config.embodiment, config.inputs.normalization
@@ -69,7 +70,8 @@ class Policy:
         folder = Path(folder)
         config = load_model_config(folder, PolicyModelConfig)
         dataset = DatasetFolder(folder)
-        world_model = ObservationSpaceWorldModel(config.world_model, dataset.codec())
+        codec = ModelInputs(dataset, config.inputs).codec()
+        world_model = ObservationSpaceWorldModel(config.world_model, codec)
         model = JointVideoAction(config.policy, world_model)
         load_weights(model, folder)
         return cls(model, config, dataset, blind)
@@ -92,20 +94,7 @@ class Policy:
 
     def plan(self, observation: Observation) -> Float[np.ndarray, "k a"]:
         """A whole action chunk; what it imagines to see is kept in `imagined` (latents)."""
-        if self.view_name not in observation.views:
-            raise UserError(
-                f"The observation has the views {sorted(observation.views) or 'none'}, but the policy was trained on "
-                f"{self.view_name!r}; name the robot's camera so."
-            )
-        image = np.asarray(observation.views[self.view_name])
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise UserError(
-                f"View {self.view_name!r} is {image.dtype} {list(image.shape)}; give uint8 [height, width, 3], RGB."
-            )
-        frame = prepare_view(image[None], self.view)
-        if self.is_blind:
-            frame = np.zeros_like(frame)
-        context = self.model.world_model.encode(torch.from_numpy(np.ascontiguousarray(frame))[None])
+        context = self.model.world_model.latents({"video": self._picture(observation)})
         proprio = torch.zeros(1, self.model.config.proprio_dim or 0)
         if self.proprio_normalizer is not None:
             names = self.embodiment.proprio_names
@@ -122,11 +111,30 @@ class Policy:
 
     def predict_chunk(self, batch: Batch) -> Float[np.ndarray, "b k a"]:
         """Chunks for a batch of recorded clips (open-loop evaluation), in the robot's own units."""
-        context, _ = self.model.world_model.split(batch["latents"])
+        context, _ = self.model.world_model.split(self.model.world_model.latents(batch))
         if self.is_blind:
-            context = self.model.world_model.encode(torch.zeros_like(batch["video"][:, :1]))
+            context = self.model.world_model.latents({"video": self._black()}).expand_as(context)
         actions, _ = self.model.plan(context, batch["proprio"], batch["text_tokens"], self.generator)
         return np.stack([self._to_robot(chunk) for chunk in actions])
+
+    def _picture(self, observation: Observation) -> UInt8[Tensor, "1 1 h w 3"]:
+        """The observed views, cropped, resized and laid out as in training."""
+        views = [torch.from_numpy(self._frame(observation, name)) for name in self.view_names]
+        return self._black() if self.is_blind else self.inputs.layout.join(views, PIXELS)[None]
+
+    def _frame(self, observation: Observation, name: str) -> UInt8[np.ndarray, "1 h w 3"]:
+        if name not in observation.views:
+            raise UserError(
+                f"The observation has the views {sorted(observation.views) or 'none'}, but the policy was trained on "
+                f"{', '.join(map(repr, self.view_names))}; name the robot's cameras so."
+            )
+        image = np.asarray(observation.views[name])
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise UserError(f"View {name!r} is {image.dtype} {list(image.shape)}; give uint8 [height, width, 3], RGB.")
+        return prepare_view(image[None], self.inputs.dataset.views[name])
+
+    def _black(self) -> UInt8[Tensor, "1 1 h w 3"]:
+        return torch.zeros(1, 1, *self.inputs.layout.size, 3, dtype=torch.uint8)
 
     def _to_robot(self, actions: Float[Tensor, "k a"]) -> Float[np.ndarray, "k a"]:
         return self.action_normalizer.unnormalize(actions[:, : self.embodiment.action_dim].numpy()).astype(np.float32)

@@ -17,7 +17,8 @@ from pydantic import Field
 
 from configs.loader import UserError, dump_config, run_command
 from data_pipeline.dataset_index import DatasetIndex
-from pretrain.evaluate import check_same_codec
+from data_pipeline.model_inputs import ModelInputs
+from pretrain.evaluate import check_same_encoders
 from pretrain.exported import load_world_model
 from pretrain.run import StopSignal, exclusive, log_on_main_rank_only
 from pretrain.train import TrainConfig, dataset_batches, export_files, resume_run, train
@@ -52,12 +53,13 @@ def main(config: FinetuneConfig) -> int:
 def build_policy_model(config: FinetuneConfig, index: DatasetIndex) -> tuple[JointVideoAction, PolicyModelConfig]:
     """The pretrained world model with a new action expert, sized for this dataset's robot."""
     embodiment = choose_embodiment(config, index)
-    world_model = adapt_world_model(config.pretrained, index)
-    horizon = config.policy.action_horizon or index.num_actions
-    if horizon % index.actions_per_latent or not 0 < horizon <= index.num_actions:
+    inputs = ModelInputs(index, config.loader.inputs)
+    world_model = adapt_world_model(config.pretrained, inputs)
+    horizon = config.policy.action_horizon or inputs.num_actions
+    if horizon % index.actions_per_latent or not 0 < horizon <= inputs.num_actions:
         raise UserError(
-            f"policy.action_horizon={horizon} does not fit clips of {index.num_actions} actions; choose a multiple of "
-            f"{index.actions_per_latent} (the actions of one latent frame) up to {index.num_actions}."
+            f"policy.action_horizon={horizon} does not fit clips of {inputs.num_actions} actions; choose a multiple of "
+            f"{index.actions_per_latent} (the actions of one latent frame) up to {inputs.num_actions}."
         )
     if config.execute_steps > horizon:
         raise UserError(f"execute_steps={config.execute_steps} is more than the {horizon} actions that a plan has.")
@@ -65,20 +67,22 @@ def build_policy_model(config: FinetuneConfig, index: DatasetIndex) -> tuple[Joi
     described = PolicyModelConfig(
         world_model=world_model.config,
         policy=policy,
-        inputs=config.loader.inputs,
+        inputs=inputs.config,
         embodiment=embodiment,
         execute_steps=config.execute_steps,
     )
     return JointVideoAction(policy, world_model), described
 
 
-def adapt_world_model(pretrained: Path, index: DatasetIndex) -> ObservationSpaceWorldModel:
+def adapt_world_model(pretrained: Path, inputs: ModelInputs) -> ObservationSpaceWorldModel:
     """The pretrained weights; on a robot with other actions all but the action conditioner, which starts anew."""
     world_model, _, described = load_world_model(pretrained)
-    check_same_codec(index, described)
-    sizes = {"action_dim": index.action_dim, "actions_per_latent": index.actions_per_latent}
+    dataset = inputs.dataset
+    check_same_encoders(dataset, described)
+    sizes = {"action_dim": dataset.action_dim, "actions_per_latent": dataset.actions_per_latent}
     known = {name: getattr(world_model.config, name) for name in sizes}
-    config = resolve(world_model.config.model_copy(update=sizes), index)
+    config = resolve(world_model.config.model_copy(update=sizes), inputs)
+    world_model.codec = inputs.codec()  # of these views, which may be others than in pretraining
     if known == sizes:
         return world_model.train()
     logger.warning("pretrained for %s, the dataset has %s: the action conditioner starts anew", known, sizes)

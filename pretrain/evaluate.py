@@ -20,9 +20,10 @@ import torch
 from pydantic import Field
 
 from configs.loader import StrictConfig, UserError, run_command
-from data_pipeline.clips import ClipConfig, ClipDataset, InputConfig, collate
+from data_pipeline.clips import ClipConfig, ClipDataset, collate
 from data_pipeline.dataset import DatasetFolder
 from data_pipeline.dataset_index import DatasetIndex
+from data_pipeline.model_inputs import InputConfig, ModelInputs
 from data_pipeline.video_quality import PixelError, moving_pixels
 
 from .exported import load_world_model
@@ -49,7 +50,7 @@ def main(config: EvaluateConfig) -> None:
         config.output.parent.mkdir(parents=True, exist_ok=True)
     world_model, model_config, described = load_world_model(config.checkpoint)
     index = DatasetIndex(config.dataset)
-    check_fits(index, world_model.config, described)
+    check_fits(ModelInputs(index, model_config.inputs), world_model.config, described)
     figures = evaluate(world_model, index, model_config.inputs, config)
     text = json.dumps(figures, indent=2)
     sys.stdout.write(text + "\n")
@@ -111,42 +112,47 @@ def validation_batches(
         )
     chosen = indices[np.unique(np.linspace(0, len(indices) - 1, min(max_clips, len(indices))).round().astype(int))]
     chosen = np.random.default_rng(seed).permutation(chosen)
-    clips = ClipDataset(index, ClipConfig(load_video=True, **inputs.model_dump()))
+    clips = ClipDataset(index, ClipConfig(reads="both", **inputs.model_dump()))
     # The last batch takes the remainder, so that no clip is alone: its actions could not be shuffled.
     for part in np.array_split(chosen, max(1, len(chosen) // batch_size)):
         yield collate([clips[position] for position in part.tolist()])
 
 
-def check_fits(index: DatasetIndex, config: ObservationSpaceConfig, trained_on: DatasetFolder) -> None:
+def check_fits(inputs: ModelInputs, config: ObservationSpaceConfig, trained_on: DatasetFolder) -> None:
     """Refuse clips that a world model cannot, or must not, be asked about."""
-    check_same_codec(index, trained_on)
-    for robot in index.embodiments:
-        check_same_robot(index, robot, trained_on)
-    resolve(config, index)
+    check_same_encoders(inputs.dataset, trained_on)
+    for robot in inputs.dataset.embodiments:
+        check_same_robot(inputs.dataset, robot, trained_on)
+    resolve(config, inputs)
 
 
-def check_same_codec(index: DatasetIndex, trained_on: DatasetFolder) -> None:
-    """Latents of another codec mean nothing to a model, and nothing would show but bad pictures."""
-    ours, theirs = index.info.codec.weight_hash, trained_on.info.codec.weight_hash
-    if ours != theirs:
-        raise UserError(
-            f"{index.path} was encoded with codec {ours[:12]}, but {trained_on.path} was trained on codec "
-            f"{theirs[:12]}; train on this dataset, or build it together with the other recordings (one build, several "
-            "sources) so that both have one codec."
-        )
+def check_same_encoders(dataset: DatasetFolder, trained_on: DatasetFolder) -> None:
+    """Latents and text of other encoders mean nothing to a model, and nothing would show but bad results."""
+    for what, ours, theirs in (
+        ("codec", dataset.info.codec, trained_on.info.codec),
+        ("text encoder", dataset.info.text_encoder, trained_on.info.text_encoder),
+    ):
+        if (ours.name, ours.weight_hash) != (theirs.name, theirs.weight_hash):
+            raise UserError(
+                f"{dataset.path} was encoded with {what} {ours.name} {ours.weight_hash[:12]}, but {trained_on.path} "
+                f"was trained on {what} {theirs.name} {theirs.weight_hash[:12]}; train on this dataset, or build it "
+                f"together with the other recordings (one build, several sources) so that both have one {what}."
+            )
 
 
-def check_same_robot(index: DatasetIndex, name: str, trained_on: DatasetFolder, *, needs_proprio: bool = False) -> None:
+def check_same_robot(
+    dataset: DatasetFolder, name: str, trained_on: DatasetFolder, *, needs_proprio: bool = False
+) -> None:
     """Actions of another robot mean nothing to a model either, even where there are as many of them."""
     if name not in trained_on.embodiments:
         raise UserError(
-            f"{index.path} has actions of the robot {name}, but {trained_on.path} was trained on "
+            f"{dataset.path} has actions of the robot {name}, but {trained_on.path} was trained on "
             f"{', '.join(trained_on.embodiments) or 'none'}; use a dataset of that, or train on this one."
         )
-    ours, theirs = index.embodiments[name], trained_on.embodiments[name]
+    ours, theirs = dataset.embodiments[name], trained_on.embodiments[name]
     if ours.action_names != theirs.action_names or (needs_proprio and ours.proprio_names != theirs.proprio_names):
         raise UserError(
-            f"the actions or proprio of {name} in {index.path} have another layout than those that {trained_on.path} "
+            f"the actions or proprio of {name} in {dataset.path} have another layout than those that {trained_on.path} "
             "was trained on; use a dataset with the same, or train on this one."
         )
 

@@ -12,8 +12,8 @@ from typing import TypeVar
 from torch import nn
 
 from configs.loader import StrictConfig, UserError, load_config
-from data_pipeline.clips import InputConfig
 from data_pipeline.dataset import DatasetFolder
+from data_pipeline.model_inputs import InputConfig, ModelInputs
 
 from .wan_folder import STEM as WAN_STEM
 from .weights import WeightFiles, load_strictly
@@ -68,6 +68,7 @@ def load_world_model(folder: Path) -> tuple[ObservationSpaceWorldModel, WorldMod
     """A pretrained world model from its run's `export/` folder, with its codec."""
     config = load_model_config(folder, WorldModelConfig)
     dataset = DatasetFolder(folder)
-    world_model = ObservationSpaceWorldModel(config.world_model, dataset.codec())
+    codec = ModelInputs(dataset, config.inputs).codec()
+    world_model = ObservationSpaceWorldModel(config.world_model, codec)
     load_weights(world_model, folder)
     return world_model.eval(), config, dataset

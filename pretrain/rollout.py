@@ -20,6 +20,7 @@ from pydantic import Field
 
 from configs.loader import StrictConfig, run_command
 from data_pipeline.dataset_index import DatasetIndex
+from data_pipeline.model_inputs import ModelInputs
 from data_pipeline.video_io import encode_video
 
 from .evaluate import check_fits, imagine, validation_batches
@@ -47,7 +48,7 @@ def main(config: RolloutConfig) -> None:
     config.output.mkdir(parents=True, exist_ok=True)
     world_model, model_config, described = load_world_model(config.checkpoint)
     index = DatasetIndex(config.dataset)
-    check_fits(index, world_model.config, described)
+    check_fits(ModelInputs(index, model_config.inputs), world_model.config, described)
     generator = torch.Generator().manual_seed(config.seed)
     (batch,) = validation_batches(index, model_config.inputs, config.num_clips, config.num_clips, config.seed)
     context_frames = world_model.context_frames

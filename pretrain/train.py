@@ -24,13 +24,14 @@ from configs.loader import StrictConfig, UserError, dump_config, run_command
 from data_pipeline.dataset import CODEC, DATASET_YAML, NORM_STATS, TEXT_ENCODER, DatasetFolder, Split
 from data_pipeline.dataset_index import DatasetIndex
 from data_pipeline.loader import Loader, LoaderConfig
+from data_pipeline.model_inputs import ModelInputs
 from data_pipeline.sample_order import Cursor
 
 from .checkpoint import CHECKPOINTS, find_checkpoints, load_checkpoint, save_checkpoint, write_export
 from .draws import seed_layers
 from .ema import ExponentialMovingAverage
 from .engine import Engine, EngineConfig, OptimizerConfig, create_engine, learning_rate
-from .evaluate import check_same_codec
+from .evaluate import check_same_encoders
 from .exported import MODEL_YAML, WorldModelConfig, load_model_config, load_weights
 from .metrics import MetricsLog, Progress, StepTimer
 from .run import (
@@ -106,10 +107,11 @@ def main(config: PretrainConfig) -> int:
     config = resume_run(config)
     index = DatasetIndex(config.loader.dataset)
     torch.manual_seed(config.seed)  # every rank starts from the same weights
-    world_model = build_world_model(config.model, index)
+    inputs = ModelInputs(index, config.loader.inputs)
+    world_model = build_world_model(config.model, inputs)
     if config.pretrained is not None and not find_checkpoints(config.run_dir / CHECKPOINTS):
         start_from(world_model, config.pretrained, index)
-    model_yaml = dump_config(WorldModelConfig(world_model=world_model.config, inputs=config.loader.inputs))
+    model_yaml = dump_config(WorldModelConfig(world_model=world_model.config, inputs=inputs.config))
     with exclusive(config.run_dir), StopSignal() as stop:
         return train(config, world_model, model_yaml, dataset_batches(index, config.loader), stop, export_files(index))
 
@@ -120,7 +122,7 @@ def start_from(world_model: ObservationSpaceWorldModel, folder: Path, index: Dat
     What Wan has not (the action conditioner) keeps its start, which adds nothing: the model begins as Wan.
     """
     if (folder / MODEL_YAML).is_file():
-        check_same_codec(index, DatasetFolder(folder))
+        check_same_encoders(index, DatasetFolder(folder))
         load_model_config(folder, WorldModelConfig)  # refuses the export of a policy
         load_weights(world_model, folder)
     elif index.info.codec.name != "wan":

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from configs.loader import StrictConfig, UserError
 
-from .base import TEMPORAL_STRIDE, TextEncoder, VideoCodec
+from .base import TEMPORAL_STRIDE, PixelCodec, TextEncoder, VideoCodec
 from .embedded import EmbeddedCodec
 from .local_weights import find_model_folder, load_reference
 from .text import HashedTextEncoder, T5TextEncoder, UMT5TextEncoder, pad_text
@@ -21,6 +21,7 @@ __all__ = [
     "VIDEO_CODECS",
     "EmbeddedCodec",
     "HashedTextEncoder",
+    "PixelCodec",
     "T5TextEncoder",
     "TextEncoder",
     "TextEncoderConfig",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, Self
 
+import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
@@ -13,7 +14,17 @@ TEMPORAL_STRIDE = 4
 """Causal codecs here turn `f` frames into `1 + (f - 1) / 4` latent frames; latent frame 0 is frame 0 alone."""
 
 
-class VideoCodec(Protocol):
+class PixelCodec(Protocol):
+    """What a model needs of a codec: pixels to latents and back, on the device that it was moved to."""
+
+    def to(self, device: torch.device | str) -> Self: ...
+
+    def encode(self, video: UInt8[Tensor, "b f h w 3"]) -> Float[Tensor, "b t c hl wl"]: ...
+
+    def decode(self, latents: Float[Tensor, "b t c hl wl"]) -> UInt8[Tensor, "b f h w 3"]: ...
+
+
+class VideoCodec(PixelCodec, Protocol):
     """A frozen, causal video autoencoder. Latents are normalised: about zero mean and unit scale."""
 
     @property
@@ -30,10 +41,6 @@ class VideoCodec(Protocol):
 
     @property
     def latent_channels(self) -> int: ...
-
-    def encode(self, video: UInt8[Tensor, "b f h w 3"]) -> Float[Tensor, "b t c hl wl"]: ...
-
-    def decode(self, latents: Float[Tensor, "b t c hl wl"]) -> UInt8[Tensor, "b f h w 3"]: ...
 
     def save(self, folder: Path) -> None: ...
 

@@ -79,8 +79,12 @@ class EmbeddedCodec:
     def weight_hash(self) -> str:
         digest = hashlib.sha256(f"{self.name} {self.spatial_stride} {self.scale!r}".encode())
         for tensor in (self.mean, self.basis):
-            digest.update(tensor.numpy().tobytes())
+            digest.update(tensor.cpu().numpy().tobytes())
         return digest.hexdigest()
+
+    def to(self, device: torch.device | str) -> Self:
+        self.mean, self.basis = self.mean.to(device), self.basis.to(device)
+        return self
 
     @torch.no_grad()
     def encode(self, video: UInt8[Tensor, "b f h w 3"]) -> Float[Tensor, "b t c hl wl"]:
@@ -105,7 +109,7 @@ class EmbeddedCodec:
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({"mean": self.mean, "basis": self.basis}, folder / WEIGHTS)
+        save_file({"mean": self.mean.cpu(), "basis": self.basis.cpu()}, folder / WEIGHTS)
         config = {"kind": self.name, "patch": self.spatial_stride, "scale": self.scale, "weight_hash": self.weight_hash}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 

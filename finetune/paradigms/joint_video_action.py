@@ -91,7 +91,7 @@ class JointVideoAction(nn.Module):
 
     def loss(self, batch: Batch, draws: SampleDraws) -> LossTerms:
         config, world_model = self.config, self.world_model
-        context, future = world_model.split(batch["latents"])
+        context, future = world_model.split(world_model.latents(batch))
         actions = batch["actions"][:, : config.action_horizon]
         valid = batch["action_is_valid"][:, : config.action_horizon]
         # Draw order is part of the step's definition: changing it changes every run's numbers.

@@ -29,8 +29,8 @@ from ..models.video_dit import VIDEO_EXPERT, TwoLayers, VideoDiT, VideoDiTConfig
 from .base import Batch, LossTerms
 
 if TYPE_CHECKING:
-    from data_pipeline.dataset_index import DatasetIndex
-    from data_pipeline.encoders.base import VideoCodec
+    from data_pipeline.encoders import PixelCodec
+    from data_pipeline.model_inputs import ModelInputs
 
 MIN_RESIDUAL_STD = 1e-2
 
@@ -80,7 +80,7 @@ class ActionConditioner(nn.Module):
 class ObservationSpaceWorldModel(nn.Module):
     """See the module docstring. `codec` (frozen, not a submodule) is needed only to encode and decode pixels."""
 
-    def __init__(self, config: ObservationSpaceConfig, codec: VideoCodec | None = None) -> None:
+    def __init__(self, config: ObservationSpaceConfig, codec: PixelCodec | None = None) -> None:
         super().__init__()
         if config.action_dim is None or config.actions_per_latent is None or config.residual_std is None:
             raise UserError(
@@ -96,12 +96,20 @@ class ObservationSpaceWorldModel(nn.Module):
     # Pixels and latents -------------------------------------------------------------------------------------------
 
     def encode(self, video: UInt8[Tensor, "b f h w 3"]) -> Float[Tensor, "b t c h w"]:
-        return self._codec().encode(video)
+        return self._codec().to(video.device).encode(video)
 
     def decode(self, latents: Float[Tensor, "b t c h w"]) -> UInt8[Tensor, "b f h w 3"]:
-        return self._codec().decode(latents)
+        return self._codec().to(latents.device).decode(latents)
 
-    def _codec(self) -> VideoCodec:
+    def latents(self, batch: Batch) -> Float[Tensor, "b t c h w"]:
+        """Those of the batch; where it has only video, as `build` would have stored them."""
+        if "latents" in batch:
+            return batch["latents"]
+        video = batch["video"]
+        with torch.autocast(video.device.type, enabled=False):
+            return self.encode(video).to(torch.bfloat16).float()
+
+    def _codec(self) -> PixelCodec:
         if self.codec is None:
             raise ValueError("this world model was built without a codec: pass one to encode or decode pixels")
         return self.codec
@@ -167,7 +175,7 @@ class ObservationSpaceWorldModel(nn.Module):
         return context, (future - self.anchor(context)) / self.residual_scale
 
     def loss(self, batch: Batch, draws: SampleDraws) -> LossTerms:
-        context, data = self.split(batch["latents"])
+        context, data = self.split(self.latents(batch))
         flow_time = flow_matching.sample_flow_time(self.config.flow_time, draws)
         noise = draws.normal(*data.shape[1:])
         keep_text = draws.uniform() >= self.config.text_dropout
@@ -246,15 +254,21 @@ class ObservationSpaceWorldModel(nn.Module):
         return self.read_future(tokens, embedding, noised).float()
 
 
-def build_world_model(config: ObservationSpaceConfig, dataset: DatasetIndex) -> ObservationSpaceWorldModel:
-    """A world model for this dataset: null fields filled in, sizes checked."""
-    config = resolve(config, dataset)
-    return ObservationSpaceWorldModel(config, dataset.codec())
+def build_world_model(config: ObservationSpaceConfig, inputs: ModelInputs) -> ObservationSpaceWorldModel:
+    """A world model that is fed so: null fields filled in, sizes checked."""
+    config = resolve(config, inputs)
+    return ObservationSpaceWorldModel(config, inputs.codec())
 
 
-def resolve(config: ObservationSpaceConfig, dataset: DatasetIndex) -> ObservationSpaceConfig:
+def resolve(config: ObservationSpaceConfig, inputs: ModelInputs) -> ObservationSpaceConfig:
     """Null fields filled in from the dataset; a `UserError` where it and the others do not fit each other."""
-    frames, channels, height, width = dataset.latent_shape
+    dataset = inputs.dataset
+    if inputs.layout.kind == "separate":
+        raise UserError(
+            "loader.layout=separate gives a model every view by itself, but an observation_space model sees one "
+            "picture; choose stack_height or tile."
+        )
+    frames, channels, height, width = inputs.latent_shape
     video = config.video
     image_to_video = 2 * channels + MASK_CHANNELS
     if video.in_channels not in (channels, image_to_video) or video.out_channels != channels:
@@ -270,8 +284,8 @@ def resolve(config: ObservationSpaceConfig, dataset: DatasetIndex) -> Observatio
         )
     if frames <= config.context_latent_frames:
         raise UserError(
-            f"model.context_latent_frames={config.context_latent_frames} leaves nothing to predict: the clips in "
-            f"{dataset.path} have {frames} latent frames."
+            f"model.context_latent_frames={config.context_latent_frames} leaves nothing to predict: the clips of "
+            f"{dataset.path} are shown with {frames} latent frames."
         )
     if config.context_latent_frames % video.patch_size[0] or frames % video.patch_size[0]:
         raise UserError(

@@ -163,7 +163,7 @@ def test_actions_that_were_not_recorded_are_masked_and_zero(index, monkeypatch):
 
 
 def test_video_on_request(index):
-    (batch,) = take(loader(index, load_video=True), 1)
+    (batch,) = take(loader(index, reads="both"), 1)
     assert batch["video"].dtype == torch.uint8 and batch["video"].shape == (4, 5, 16, 16, 3)
     level = torch.tensor([(int(key[3:6]) * 16 + int(key[7:])) % 256 for key in batch["keys"]])
     assert (batch["video"].float().mean((1, 2, 3, 4)) - level).abs().max() < 3  # a lossy codec
@@ -200,7 +200,7 @@ def test_settings_that_cannot_be_met(index):
     with pytest.raises(UserError, match="cannot be shared equally by 3 ranks; choose a multiple of 3"):
         loader(index, world_size=3)
     with pytest.raises(UserError, match=r"view=wrist: .* has no such view; choose one of front"):
-        loader(index, view="wrist")
+        loader(index, views=["wrist"])
 
 
 def test_an_empty_split(tmp_path):

@@ -3,7 +3,8 @@
 Samples say who they are: every latent, action and proprio number of clip `c` of episode `e` is `100 e + c`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from data_pipeline.staging import EncodedRecord, EpisodeRecord, Rejection, Stage
 from data_pipeline.video_io import ViewConfig, encode_video
 
 VIEW = ViewConfig(height=16, width=16)
+VIEWS = {"front": VIEW}
 NUM_FRAMES, FPS, ACTIONS_PER_FRAME, CHANNELS = 5, 10.0, 2, 6
 ROBOT = Embodiment(name="arm", action_names=("x", "y", "gripper"), proprio_names=("x", "y"), control_hz=20.0)
 
@@ -34,9 +36,11 @@ def tiny_sample(
     text: str | None = "push it",
     robot: Embodiment = ROBOT,
     source: str = "lab",
+    views: Mapping[str, ViewConfig] = VIEWS,
+    num_frames: int = NUM_FRAMES,
 ) -> Sample:
     number = float(100 * episode + clip)
-    num_actions = (NUM_FRAMES - 1) * ACTIONS_PER_FRAME
+    num_actions = (num_frames - 1) * ACTIONS_PER_FRAME
     meta = SampleMeta(
         schema_version=SCHEMA_VERSION,
         source=SourceMeta(name=source, uri=f"{source}/{episode}", licence=None, sha256=f"{episode:064d}"),
@@ -45,8 +49,8 @@ def tiny_sample(
         start_s=float(clip),
         fps=FPS,
         control_hz=FPS * ACTIONS_PER_FRAME if has_actions else None,
-        num_frames=NUM_FRAMES,
-        views={"front": ViewMeta(height=16, width=16, role="external")},
+        num_frames=num_frames,
+        views={name: ViewMeta(height=v.height, width=v.width, role="external") for name, v in views.items()},
         embodiment=robot.name if has_actions else None,
         instruction=text,
         captions=(text,) if text else (),
@@ -55,16 +59,28 @@ def tiny_sample(
         action_spans=((0, num_actions),) if has_actions else (),
         filter_scores={"motion": 0.25},
     )
-    frames = np.full((NUM_FRAMES, 16, 16, 3), (episode * 16 + clip) % 256, dtype=np.uint8)
+    shapes = {name: (view.height, view.width) for name, view in views.items()}
+    level, num_latent_frames = (episode * 16 + clip) % 256, 1 + (num_frames - 1) // 4
     return Sample(
         key=f"key{episode:03d}-{clip:04d}",
         meta=meta,
-        video={"front": encode_video(frames, None, FPS)},
-        latents={"front": torch.full((2, CHANNELS, 4, 4), number, dtype=torch.bfloat16)},
+        video={
+            name: encode_video(np.full((num_frames, *shape, 3), (level + 50 * v) % 256, np.uint8), None, FPS)
+            for v, (name, shape) in enumerate(shapes.items())
+        },
+        latents={
+            name: torch.full((num_latent_frames, CHANNELS, height // 4, width // 4), number, dtype=torch.bfloat16)
+            for name, (height, width) in shapes.items()
+        },
         text=HashedTextEncoder(8).encode([text])[0].to(torch.bfloat16) if text else None,
         actions=np.full((num_actions, robot.action_dim), number, dtype=np.float32) if has_actions else None,
         proprio=np.full((num_actions, robot.proprio_dim), number, dtype=np.float32) if has_actions else None,
     )
+
+
+def tiny_codec() -> EmbeddedCodec:
+    basis = torch.rand(192, CHANNELS, generator=torch.Generator().manual_seed(0))
+    return EmbeddedCodec(torch.zeros(192), basis, 1.0, patch=4)
 
 
 def tiny_dataset(
@@ -74,28 +90,35 @@ def tiny_dataset(
     max_shard_mb: int = 1,
     robot: Embodiment = ROBOT,
     sources: Sequence[str] = (),
+    views: Mapping[str, ViewConfig] = VIEWS,
+    num_frames: int = NUM_FRAMES,
+    make_sample: Callable[..., Sample] = tiny_sample,
 ) -> Path:
     """`clips[e]` clips in episode e; the episodes in `action_free` have no actions. One rejected episode besides.
 
-    `sources[e]` is where episode e is from; by default all are from the lab.
+    `sources[e]` is where episode e is from; by default all are from the lab. `make_sample` takes what
+    `tiny_sample` does.
     """
     staging = Staging(folder.with_name(folder.name + ".staging"))
     source_of = sources or ["lab"] * len(clips)
-    records = [_stage(staging, e, number, e not in action_free, robot, source_of[e]) for e, number in enumerate(clips)]
+    kind = {"robot": robot, "views": views, "num_frames": num_frames}
+    records = [
+        _stage(staging, e, number, partial(make_sample, has_actions=e not in action_free, source=source_of[e], **kind))
+        for e, number in enumerate(clips)
+    ]
     rejection = Rejection(where="lab/broken", reason="not_a_video", detail="it is a text file")
     records.append(rejected_episode("lab", "broken", rejection))
     splits = assign_splits(records, 0.2)
-    torch.manual_seed(0)
-    codec, encoder = EmbeddedCodec(torch.zeros(192), torch.rand(192, CHANNELS), 1.0, patch=4), HashedTextEncoder(8)
-    video = np.zeros((NUM_FRAMES, 16, 16, 3), dtype=np.uint8)
+    codec, encoder = tiny_codec(), HashedTextEncoder(8)
+    video = np.zeros((num_frames, 16, 16, 3), dtype=np.uint8)
     info = DatasetInfo(
         schema_version=SCHEMA_VERSION,
         code_version="test",
-        num_frames=NUM_FRAMES,
+        num_frames=num_frames,
         fps=FPS,
         actions_per_frame=ACTIONS_PER_FRAME,
         control_hz=FPS * ACTIONS_PER_FRAME,
-        views={"front": VIEW},
+        views=dict(views),
         embodiments={} if len(action_free) == len(clips) else {robot.name: robot},
         codec=measure_codec(codec, iter([video]), "train"),
         text_encoder={"name": encoder.name, "weight_hash": encoder.weight_hash, "width": encoder.width},
@@ -114,17 +137,16 @@ def tiny_dataset(
     return folder
 
 
-def _stage(
-    staging: Staging, episode: int, num_clips: int, has_actions: bool, robot: Embodiment, source: str
-) -> EpisodeRecord:
-    name = f"episode_{episode}"
+def _stage(staging: Staging, episode: int, num_clips: int, make_sample: Callable[..., Sample]) -> EpisodeRecord:
+    name, meta = f"episode_{episode}", make_sample(episode, 0).meta
+    source = meta.source.name
     curated, encoded = staging.curated_tar(source, name), staging.encoded_tar(source, name)
     clips, rows = [], []
     with TarWriter(curated) as curated_writer, TarWriter(encoded) as encoded_writer:
         for clip in range(num_clips):
-            sample = tiny_sample(episode, clip, has_actions=has_actions, robot=robot, source=source)
+            sample = make_sample(episode, clip)
             members = sample.to_members()
-            later = {"__key__", "front.latents.safetensors", "text.safetensors"}
+            later = {name for name in members if name.endswith(".safetensors")} | {"__key__"}
             first = tar_records(
                 {name: data for name, data in members.items() if name == "__key__" or name not in later}
             )
@@ -137,8 +159,8 @@ def _stage(
         source=source,
         episode=name,
         content_sha256=f"{episode:064d}",
-        embodiment=robot.name if has_actions else None,
-        has_actions=has_actions,
+        embodiment=meta.embodiment,
+        has_actions=meta.has_actions,
         has_instruction=True,
         resolution=16,
         found=num_clips,

@@ -13,8 +13,8 @@ import torch
 import yaml
 
 from configs.loader import UserError
-from data_pipeline.clips import InputConfig
 from data_pipeline.dataset_index import DatasetIndex
+from data_pipeline.model_inputs import InputConfig
 from finetune.baselines import BehaviourCloningConfig, NetworkConfig
 from finetune.baselines import main as train_behaviour_cloning
 from finetune.evaluate import EvaluateConfig, main, open_loop_table
@@ -45,7 +45,7 @@ class OffByOne:
         return cls(folder, blind)
 
     def predict_chunk(self, batch: dict[str, Any]) -> np.ndarray:
-        assert ("video" in batch) == self.is_blind
+        assert "video" not in batch
         assert self.normalizer is not None
         return self.normalizer.unnormalize(batch["actions"][:, :6].numpy()) + (2 if self.is_blind else 1)
 
@@ -122,12 +122,21 @@ def test_rows_that_cannot_be_measured_are_refused(dataset: Path, tmp_path: Path)
         main(config)
 
 
-def test_another_codec_is_refused(dataset: Path, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("encoder", "change", "message"),
+    [
+        ("codec", {"weight_hash": "0" * 64}, "trained on codec embedded 000000000000; .*have one codec"),
+        ("codec", {"name": "wan"}, "trained on codec wan "),
+        ("text_encoder", {"weight_hash": "0" * 64}, "trained on text encoder hashed 000000000000"),
+        ("text_encoder", {"name": "umt5"}, "trained on text encoder umt5 "),
+    ],
+)
+def test_another_encoder_is_refused(dataset: Path, tmp_path: Path, encoder: str, change: dict[str, str], message: str):
     export = shutil.copytree(dataset, tmp_path / "export")  # read the same way
     info = yaml.safe_load((export / "dataset.yaml").read_text())
-    info["codec"]["weight_hash"] = "0" * 64
+    info[encoder].update(change)
     (export / "dataset.yaml").write_text(yaml.safe_dump(info))
-    with pytest.raises(UserError, match="trained on codec 000000000000"):
+    with pytest.raises(UserError, match=message):
         evaluate_open_loop(OpenLoopConfig(dataset=dataset), ("policy",), export, None)
 
 

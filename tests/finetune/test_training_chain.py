@@ -6,19 +6,25 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from configs.loader import UserError
+from configs.loader import UserError, load_config
+from data_pipeline.clips import ClipConfig, ClipDataset, collate
 from data_pipeline.dataset_index import DatasetIndex
 from data_pipeline.loader import LoaderConfig
+from data_pipeline.video_io import ViewConfig, decode_clip
 from finetune.policy import Policy
 from finetune.simulators import Observation
 from finetune.train import FinetuneConfig, build_policy_model
+from finetune.train import main as finetune
 from pretrain.exported import load_world_model
+from pretrain.train import PretrainConfig
+from pretrain.train import main as pretrain
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 tiny = SimpleNamespace(**runpy.run_path(str(REPOSITORY / "tests/data_pipeline/tiny_dataset.py")))
@@ -57,23 +63,61 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset, a pretrained world model and a fine-tuned policy."""
     folder = tmp_path_factory.mktemp("chain")
     # episode 2 has no actions: action-free and labelled clips train the world model together
-    tiny.tiny_dataset(folder / "dataset", clips=(4, 4, 3, 3, 3), action_free=(2,))
-    pretrain, finetune = folder / "pretrain.yaml", folder / "finetune.yaml"
-    loader = f"loader: {{dataset: {folder}/dataset, global_batch_size: 4, text_length: 4"
-    model = f"model:\n  prediction: data\n  predict_residual: true\n  video:{VIDEO}"
-    pretrain.write_text(f"run_dir: {folder}/pretrain\n{COMMON}{model}{loader}}}\nengine: {{kind: accelerate}}\n")
-    policy = "policy: {action_expert: {width: 16, ffn_dim: 24, freq_dim: 8}, num_inference_steps: 2}\n"
-    finetune.write_text(
-        f"run_dir: {folder}/finetune\npretrained: {folder}/pretrain/export\nexecute_steps: 3\n{COMMON}{policy}"
-        f"{loader}, only_with_actions: true}}\nengine: {{kind: accelerate}}\n"
+    sizes = {"front": 16, "wrist": 8, "square": 16}
+    views = {name: ViewConfig(height=height, width=16) for name, height in sizes.items()}
+    tiny.tiny_dataset(folder / "dataset", clips=(4, 4, 3, 3, 3), action_free=(2,), views=views, num_frames=9)
+    pretraining, finetuning = folder / "pretrain.yaml", folder / "finetune.yaml"
+    loader = (
+        f"loader: {{dataset: {folder}/dataset, global_batch_size: 4, text_length: 4, crop_frames: 5, "
+        "views: [front, wrist], layout: stack_height, "
     )
-    run("pretrain.train", "--config", str(pretrain))
-    run("finetune.train", "--config", str(finetune))
+    # pixels, cropped and at speeds as drawn, which the model encodes; then stored latents
+    moving = "reads: video, augment: {random_start: true, speed: [0.8, 1.5], view_dropout: {wrist: 0.3}}"
+    model = f"model:\n  prediction: data\n  predict_residual: true\n  video:{VIDEO}"
+    pretraining.write_text(
+        f"run_dir: {folder}/pretrain\n{COMMON}{model}{loader}{moving}}}\nengine: {{kind: accelerate}}\n"
+    )
+    policy = "policy: {action_expert: {width: 16, ffn_dim: 24, freq_dim: 8}, num_inference_steps: 2}\n"
+    finetuning.write_text(
+        f"run_dir: {folder}/finetune\npretrained: {folder}/pretrain/export\nexecute_steps: 3\n{COMMON}{policy}"
+        f"{loader}only_with_actions: true}}\nengine: {{kind: accelerate}}\n"
+    )
+    run("pretrain.train", "--config", str(pretraining))
+    run("finetune.train", "--config", str(finetuning))
     return folder
 
 
 def observation(brightness: int = 90) -> Observation:
-    return Observation({"front": np.full((16, 16, 3), brightness, np.uint8)}, np.zeros(2, np.float32), "push it")
+    views = {"front": np.full((16, 16, 3), brightness, np.uint8), "wrist": np.full((24, 48, 3), brightness, np.uint8)}
+    return Observation(views, np.zeros(2, np.float32), "push it")
+
+
+def test_the_policy_sees_the_picture_that_training_saw(chain: Path):
+    """The first frames of a recorded clip's views, given as a robot gives them, become the clip's own context."""
+    policy = Policy.load(chain / "finetune" / "export")
+    assert policy.view_names == ("front", "wrist")
+    index = DatasetIndex(chain / "dataset")
+    clips = ClipDataset(index, ClipConfig(reads="video", **policy.config.inputs.model_dump()))
+    contexts = []
+    for i in range(3):
+        batch = collate([clips[i]])
+        context, _ = policy.model.world_model.split(policy.model.world_model.latents(batch))
+        members = index.read_sample(i)
+        views = {name: decode_clip(members[f"{name}.mp4"], [0])[0] for name in policy.view_names}
+        assert not np.array_equal(views["front"][0, 0], views["wrist"][0, 0])
+        with patch.object(policy.model, "plan", wraps=policy.model.plan) as plan:
+            policy.plan(Observation(views, np.zeros(2, np.float32), "push it"))
+        assert torch.equal(plan.call_args.args[0], context)
+        contexts.append(context)
+    assert not torch.equal(contexts[0], contexts[1])
+
+
+def test_views_by_themselves_are_refused_before_the_first_step(chain: Path):
+    changes = ["loader.views=[front, square]", "loader.layout=separate", f"run_dir={chain}/other"]
+    for config_class, command, name in ((PretrainConfig, pretrain, "pretrain"), (FinetuneConfig, finetune, "finetune")):
+        with pytest.raises(UserError, match="sees one picture; choose stack_height or tile"):
+            command(load_config(config_class, chain / f"{name}.yaml", changes))
+    assert not (chain / "other").exists()
 
 
 def test_both_runs_logged_every_part_of_their_loss(chain: Path):
@@ -96,7 +140,7 @@ def test_the_export_alone_is_enough_to_act(chain: Path, tmp_path: Path):
         assert [planned for planned, _ in actions] == [True, False, False, True]  # execute_steps: 3
         assert all(action.shape == (3,) and action.dtype == np.float32 for _, action in actions)
         assert policy.imagined is not None
-        assert policy.imagined.shape == (1, 6, 4, 4)
+        assert policy.imagined.shape == (1, 6, 6, 4)  # one view above the other
     finally:
         (tmp_path / "elsewhere").rename(chain / "finetune" / "export")
 
@@ -128,7 +172,7 @@ def test_an_observation_that_does_not_fit_is_one_sentence(chain: Path):
         ("front", image, np.zeros(7, np.float32), "2 numbers: x, y"),
     ):
         with pytest.raises(UserError, match=what):
-            policy.act(Observation({view: picture}, state, ""))
+            policy.act(Observation({view: picture, "wrist": image}, state, ""))
 
 
 def test_evaluate_and_rollout_look_at_the_pretrained_model(chain: Path, tmp_path: Path):

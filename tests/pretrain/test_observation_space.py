@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from data_pipeline.encoders import EmbeddedCodec
 from pretrain.draws import SampleDraws
 from pretrain.flow_matching import FlowTimeConfig
 from pretrain.models.video_dit import VideoDiTConfig
@@ -15,10 +16,10 @@ VIDEO = VideoDiTConfig(
 )  # fmt: skip
 
 
-def make(**changes) -> ObservationSpaceWorldModel:
+def make(codec: EmbeddedCodec | None = None, **changes) -> ObservationSpaceWorldModel:
     torch.manual_seed(0)
     defaults = dict(video=VIDEO, action_dim=2, actions_per_latent=4, residual_std=0.5, predict_residual=True)
-    return ObservationSpaceWorldModel(ObservationSpaceConfig(**(defaults | changes)))
+    return ObservationSpaceWorldModel(ObservationSpaceConfig(**(defaults | changes)), codec)
 
 
 def make_batch(size: int = 4, frames: int = 3) -> dict:
@@ -39,7 +40,7 @@ def awaken(model: nn.Module) -> nn.Module:
 
 
 def loss(model, batch) -> float:
-    return model.loss(batch, SampleDraws.seeded(1, 1, range(len(batch["latents"])))).total.item()
+    return model.loss(batch, SampleDraws.seeded(1, 1, range(len(batch["has_actions"])))).total.item()
 
 
 def test_the_loss_is_a_function_of_weights_batch_and_generator():
@@ -48,6 +49,18 @@ def test_the_loss_is_a_function_of_weights_batch_and_generator():
     first = loss(model, batch)
     torch.manual_seed(2)
     assert loss(model, batch) == first
+
+
+def test_video_is_encoded_as_stored_latents_were():
+    torch.manual_seed(3)
+    codec = EmbeddedCodec(torch.rand(192), torch.rand(192, 4), 1.0, patch=4)
+    model, batch = awaken(make(codec=codec)), make_batch()
+    video = torch.randint(0, 256, (4, 9, 16, 16, 3), dtype=torch.uint8)
+    stored = codec.encode(video).to(torch.bfloat16).float()  # as shards hold them
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.latents({"video": video}), stored)
+    del batch["latents"]
+    assert loss(model, batch | {"video": video}) == loss(model, batch | {"latents": stored})
 
 
 def test_actions_that_are_not_there_change_nothing():

@@ -1,0 +1,86 @@
+"""What a model is fed of a dataset: which views, how they are laid out, how many frames and actions.
+
+`InputConfig` travels with every export, so that evaluation and the policy in the loop show the model what training did.
+"""
+
+from typing import Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from configs.loader import StrictConfig, UserError
+
+from .dataset import DatasetFolder
+from .encoders import TEMPORAL_STRIDE, PixelCodec
+from .normalize import NormalizationMode
+from .view_layout import LaidOutCodec, Layout, ViewLayout
+
+
+class InputConfig(StrictConfig):
+    """What a model is fed; whoever uses the model later has to feed it the same."""
+
+    views: tuple[str, ...] = Field((), description="Which views, in this order; empty: the dataset's first.")
+    layout: Layout = Field(
+        "single",
+        description="Several views at once: one above another (stack_height), in a grid (tile) or each by itself "
+        "(separate). single: one; of several, one is drawn for each sample in training, elsewhere it is the first.",
+    )
+    crop_frames: int | None = Field(
+        None, ge=1 + TEMPORAL_STRIDE, description="Frames that are shown of a clip: 5, 9, 13, …; null: all of them."
+    )
+    normalization: NormalizationMode = Field("quantile", description="Of actions and proprio, per embodiment.")
+    text_length: PositiveInt = Field(32, description="Text tokens per sample: padded with zeros or cut to so many.")
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> Self:
+        if len(set(self.views)) < len(self.views):
+            raise ValueError(f"views names one twice: {', '.join(self.views)}")
+        if self.layout != "single" and len(self.views) < 2:
+            raise ValueError(f"layout={self.layout} needs the names of at least two views")
+        if self.crop_frames is not None and (self.crop_frames - 1) % TEMPORAL_STRIDE:
+            raise ValueError(
+                f"crop_frames={self.crop_frames} is none of 5, 9, 13, …: a latent frame stands for "
+                f"{TEMPORAL_STRIDE} frames, the first for one"
+            )
+        return self
+
+
+class ModelInputs:
+    """What a model that is fed by `config` sees of a dataset."""
+
+    def __init__(self, dataset: DatasetFolder, config: InputConfig) -> None:
+        self.dataset = dataset
+        names = [dataset.check_view(name) for name in config.views or (None,)]
+        self.config = config.model_copy(update={"views": tuple(names)})
+        self.layout = ViewLayout.of(config.layout, names, dataset.views)
+        self.num_frames = config.crop_frames or dataset.num_frames
+        if self.num_frames > dataset.num_frames:
+            raise UserError(
+                f"crop_frames={self.num_frames}, but the clips in {dataset.path} have {dataset.num_frames} frames; "
+                "choose fewer, or null for all of them."
+            )
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """The views that are shown where none is drawn."""
+        return self.layout.names[: self.layout.num_views]
+
+    @property
+    def num_actions(self) -> int:
+        """k: actions between the first frame and the last."""
+        return (self.num_frames - 1) * self.dataset.info.actions_per_frame
+
+    @property
+    def num_latent_frames(self) -> int:
+        return 1 + (self.num_frames - 1) // self.dataset.info.codec.temporal_stride
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """(t, c, h, w) of the whole picture; of one view, where views are kept apart."""
+        codec = self.dataset.info.codec
+        height, width = (pixels // codec.spatial_stride for pixels in self.layout.size)
+        return (self.num_latent_frames, codec.latent_channels, height, width)
+
+    def codec(self) -> PixelCodec:
+        """From the picture that the model sees to its latents, and back."""
+        codec = self.dataset.codec()
+        return codec if self.layout.num_views == 1 else LaidOutCodec(codec, self.layout)
