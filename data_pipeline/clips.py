@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from configs.loader import UserError
 
-from .align import AlignedControl, ClipClock, align_control, nearest_frames, spans_mask
+from .align import AlignedControl, ClipClock, align_control, nearest_frames, spans, spans_mask
 from .augment import Augmentation, AugmentConfig, Place, Shown
 from .dataset_index import BadSampleError, DatasetIndex
 from .embodiments import Embodiment
@@ -212,10 +212,13 @@ def read_control(members: Mapping[str, Any], meta: SampleMeta, clock: ClipClock,
     """The actions and proprio of a sample on another clock, whose times count from the sample's first frame."""
     actions = read_array(members["actions.npy"])
     proprio = read_array(members["proprio.npy"]) if "proprio.npy" in members else None
-    if clock == ClipClock(0.0, meta.fps, meta.num_frames, clock.actions_per_frame):
-        return AlignedControl(actions, proprio, meta.action_spans)
+    is_valid = spans_mask(meta.action_spans, len(actions))
     assert meta.control_hz is not None  # of a sample with actions
-    recorded = np.where(spans_mask(meta.action_spans, len(actions))[:, None], actions, np.float32(np.nan))
+    if clock.fps == meta.fps:  # the rows as they are, which is what `align_control` finds out in a millisecond
+        first = round(clock.start_s * meta.control_hz)
+        rows = slice(first, first + (clock.num_frames - 1) * clock.actions_per_frame)
+        return AlignedControl(actions[rows], None if proprio is None else proprio[rows], spans(is_valid[rows]))
+    recorded = np.where(is_valid[:, None], actions, np.float32(np.nan))
     return align_control(recorded, proprio, meta.control_hz, clock, robot)
 
 
