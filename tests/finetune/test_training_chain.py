@@ -2,27 +2,38 @@
 
 import json
 import runpy
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from configs.loader import UserError, load_config
 from data_pipeline.clips import ClipConfig, ClipDataset, collate
+from data_pipeline.dataset import DatasetFolder
 from data_pipeline.dataset_index import DatasetIndex
+from data_pipeline.encoders import EmbeddedCodec, HashedTextEncoder
 from data_pipeline.loader import LoaderConfig
 from data_pipeline.video_io import ViewConfig, decode_clip
+from finetune.open_loop import OpenLoopConfig, evaluate_open_loop
 from finetune.policy import Policy
 from finetune.simulators import Observation
 from finetune.train import FinetuneConfig, build_policy_model
 from finetune.train import main as finetune
+from pretrain.evaluate import EvaluateConfig
+from pretrain.evaluate import main as evaluate
 from pretrain.exported import load_world_model
+from pretrain.rollout import RolloutConfig
+from pretrain.rollout import main as rollout
 from pretrain.train import PretrainConfig
 from pretrain.train import main as pretrain
 
@@ -184,6 +195,40 @@ def test_evaluate_and_rollout_look_at_the_pretrained_model(chain: Path, tmp_path
     assert figures["psnr_moving_model"] is None
     run("pretrain.rollout", *common, f"output={tmp_path}/rollouts", "num_clips=2")
     assert {path.name for path in (tmp_path / "rollouts").iterdir()} == {"clip_000.mp4", "clip_001.mp4", "strips.png"}
+
+
+def with_another(encoder: str, dataset: Path, folder: Path) -> Path:
+    """A dataset of the same shapes, as if it had been encoded with other weights."""
+    folder = Path(shutil.copytree(dataset, folder))
+    other = DatasetFolder(folder).codec() if encoder == "codec" else HashedTextEncoder(8, max_length=9)
+    if isinstance(other, EmbeddedCodec):
+        other.mean += 1
+    other.save(folder / encoder)
+    info = yaml.safe_load((folder / "dataset.yaml").read_text())
+    info[encoder]["weight_hash"] = other.weight_hash
+    (folder / "dataset.yaml").write_text(yaml.safe_dump(info))
+    return folder
+
+
+@pytest.mark.parametrize(("encoder", "message"), [("codec", "have one codec"), ("text_encoder", "one text encoder")])
+def test_other_encoders_are_refused_wherever_a_model_meets_a_dataset(
+    chain: Path, tmp_path: Path, encoder: str, message: str
+):
+    other, export = with_another(encoder, chain / "dataset", tmp_path / "dataset"), chain / "pretrain" / "export"
+    fresh = [f"loader.dataset={other}", f"run_dir={tmp_path}/run"]
+    start_over = load_config(PretrainConfig, chain / "pretrain.yaml", [*fresh, f"pretrained={export}"])
+    meetings: dict[str, Callable[[], Any]] = {
+        "pretrain.train": lambda: pretrain(start_over),
+        "pretrain.evaluate": lambda: evaluate(EvaluateConfig(checkpoint=export, dataset=other)),
+        "pretrain.rollout": lambda: rollout(RolloutConfig(checkpoint=export, dataset=other, output=tmp_path / "films")),
+        "finetune.train": lambda: finetune(load_config(FinetuneConfig, chain / "finetune.yaml", fresh)),
+        "finetune.evaluate": lambda: evaluate_open_loop(
+            OpenLoopConfig(dataset=other), ("policy",), chain / "finetune" / "export", None
+        ),
+    }
+    for meeting in meetings.values():
+        with pytest.raises(UserError, match=message):
+            meeting()
 
 
 def test_a_finished_run_starts_again_without_a_step(chain: Path):
