@@ -13,7 +13,7 @@ from .curate.duplicates import DuplicateConfig
 from .curate.filters import FilterConfig
 from .curate.idle import IdleConfig
 from .curate.shots import ShotConfig
-from .encoders import TEMPORAL_STRIDE, TextEncoderConfig, VideoCodecConfig
+from .encoder_config import TEMPORAL_STRIDE, TextEncoderConfig, VideoCodecConfig
 from .sample import VIEW_NAME
 from .sources import AnySourceConfig
 from .video_io import ViewConfig
@@ -105,6 +105,11 @@ HOW_IT_IS_RUN: dict[str, Any] = {
     "captions": HOW_CAPTIONING_IS_RUN,
 }
 """Settings that the bytes do not follow from."""
+
+
+def build_identity(config: BuildConfig) -> dict[str, Any]:
+    """The part of the config that the bytes follow from."""
+    return config.model_dump(mode="json", exclude=HOW_IT_IS_RUN)
 
 
 def parse_partition(text: str) -> tuple[int, int]:

@@ -15,7 +15,7 @@ import importlib.metadata
 import json
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -26,11 +26,13 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 from configs.loader import StrictConfig, UserError
 
 from .embodiments import Embodiment
-from .encoders import TextEncoder, VideoCodec, load_text_encoder, load_video_codec
 from .normalize import NormalizationMode, Normalizer, VectorStats
 from .repairs import Repair
 from .sample import SCHEMA_VERSION
 from .video_io import ViewConfig
+
+if TYPE_CHECKING:
+    from .encoders import TextEncoder, VideoCodec
 
 DATASET_YAML = "dataset.yaml"
 MANIFEST = "manifest.parquet"
@@ -311,7 +313,9 @@ class DatasetFolder:
             raise UserError(f"view={view}: {self.path} has no such view; choose one of {', '.join(self.views)}.")
         return view or next(iter(self.views))
 
-    def codec(self) -> VideoCodec:
+    def codec(self) -> "VideoCodec":
+        from .encoders import load_video_codec  # seconds to import: they bring torch
+
         codec = load_video_codec(self.path / CODEC)
         if codec.weight_hash != self.info.codec.weight_hash:
             raise UserError(
@@ -320,7 +324,9 @@ class DatasetFolder:
             )
         return codec
 
-    def text_encoder(self) -> TextEncoder:
+    def text_encoder(self) -> "TextEncoder":
+        from .encoders import load_text_encoder  # as in `codec`
+
         encoder = load_text_encoder(self.path / TEXT_ENCODER)
         if encoder.weight_hash != self.info.text_encoder.weight_hash:
             raise UserError(

@@ -7,7 +7,7 @@ agree to the pixel. Each clip is encoded alone, so that its bytes depend on no o
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,14 @@ from configs.loader import StrictConfig, UserError
 
 from .curate.captions import add_caption, read_captions
 from .dataset import CodecInfo, Split, TextEncoderInfo
+from .encoder_config import TextEncoderConfig, VideoCodecConfig
 from .encoders import (
     EmbeddedCodec,
     T5TextEncoder,
     TextEncoder,
     VideoCodec,
-    VideoCodecConfig,
     WanCodec,
+    find_model_folder,
     load_text_encoder,
     load_video_codec,
 )
@@ -43,7 +44,7 @@ from .staging import (
     read_record,
     write_record,
 )
-from .video_io import decode_clip
+from .video_io import ViewConfig, decode_clip
 from .video_quality import PixelError, moving_pixels
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,23 @@ class EncodePlan(StrictConfig):
     def identity(self, record: EpisodeRecord) -> str:
         """Of everything that an episode's latents and text follow from."""
         return digest(self.encoders, record.model_dump(mode="json"), self.captions(record))
+
+
+def check_encoders(codec: VideoCodecConfig, text_encoder: TextEncoderConfig, views: Mapping[str, ViewConfig]) -> None:
+    """Before hours of work rather than after: weights that are not there, sizes that the codec cannot take."""
+    stride = codec.patch
+    if codec.kind == "wan":
+        assert codec.folder is not None  # the config's validator has seen to it
+        stride = WanCodec(codec.folder, codec.dtype).spatial_stride
+    for name, view in views.items():
+        step = stride if stride % 2 == 0 else 2 * stride  # H.264 in 4:2:0 takes even sizes only
+        if view.height % step or view.width % step:
+            raise UserError(
+                f"view {name} is {view.height}x{view.width} pixels, but codec {codec.kind} needs multiples of "
+                f"{step}; change the view's height and width."
+            )
+    if text_encoder.folder is not None:
+        find_model_folder(text_encoder.folder, "text_encoder")
 
 
 def encoders_identity(codec: VideoCodec | CodecInfo, text_encoder: TextEncoder | TextEncoderInfo) -> str:

@@ -10,7 +10,8 @@ from pydantic import Field, PositiveInt, model_validator
 from configs.loader import StrictConfig, UserError
 
 from .dataset import DatasetFolder
-from .encoders import TEMPORAL_STRIDE, PixelCodec
+from .encoder_config import TEMPORAL_STRIDE
+from .encoders import PixelCodec
 from .normalize import NormalizationMode
 from .view_layout import LaidOutCodec, Layout, ViewLayout
 

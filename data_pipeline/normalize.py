@@ -3,17 +3,21 @@
 `Normalizer` works per dimension on numpy arrays and torch tensors alike and is exactly invertible: nothing is clipped.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from pydantic import NonNegativeInt, model_validator
 
 from configs.loader import StrictConfig
 
-Array = TypeVar("Array", np.ndarray, torch.Tensor)
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Array = TypeVar("Array", np.ndarray, "Tensor")
 
 NormalizationMode = Literal["quantile", "mean_std", "min_max", "none"]
 
@@ -130,9 +134,9 @@ class Normalizer:
         return x * scale + center
 
     def _like(self, x: Array) -> tuple[Array, Array]:
-        if isinstance(x, torch.Tensor):
-            return torch.from_numpy(self.center).to(x), torch.from_numpy(self.scale).to(x)
-        return self.center, self.scale
+        if isinstance(x, np.ndarray):
+            return self.center, self.scale
+        return x.new_tensor(self.center), x.new_tensor(self.scale)
 
 
 def _between(low: np.ndarray, high: np.ndarray, numbers: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -169,7 +173,7 @@ class LatentStats:
         self._all = _Moments(channels)
         self._residual = _Moments(channels)
 
-    def add(self, latents: Float[torch.Tensor, "t c h w"]) -> None:
+    def add(self, latents: Float[Tensor, "t c h w"]) -> None:
         values = latents.double()
         self._all.add(values)
         self._residual.add(values[1:] - values[:1])
@@ -184,7 +188,7 @@ class _Moments:
         # Plain sums are safe here: latents are about zero mean and unit scale, and the sums are float64.
         self._count, self._sum, self._squares = 0, np.zeros(channels), np.zeros(channels)
 
-    def add(self, values: Float[torch.Tensor, "t c h w"]) -> None:
+    def add(self, values: Float[Tensor, "t c h w"]) -> None:
         self._count += values.numel() // len(self._sum)
         self._sum += values.sum((0, 2, 3)).numpy()
         self._squares += (values**2).sum((0, 2, 3)).numpy()

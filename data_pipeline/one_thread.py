@@ -7,11 +7,11 @@ threads that wait for each other made small operations fourteen times slower.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 
 @contextmanager
 def one_thread() -> Iterator[None]:
+    import torch  # seconds to import: not before there is work for it
+
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -14,9 +14,11 @@ from .curate.aesthetic import open_scorer
 from .curate.episode import CuratePlan, SourcePlan, view_name
 from .curate.text_cover import open_text_detector
 from .embodiments import Embodiment
-from .encoders import WanCodec, find_model_folder
 from .sources import AnySourceConfig, Source, SourceError, open_source
 from .video_io import ViewConfig
+
+Listing = Mapping[str, Sequence[str]]
+"""Source -> its episodes."""
 
 
 def open_sources(config: BuildConfig) -> tuple[dict[str, Source], dict[str, list[str]]]:
@@ -125,20 +127,3 @@ def _check_curation(config: BuildConfig, robots: Sequence[Embodiment]) -> None:
     if unknown:
         known = sorted({name for robot in robots for name in (*robot.action_names, *robot.proprio_names)})
         raise UserError(f"idle.tolerances: no robot has a slot {unknown[0]!r}{suggest(unknown[0], known)}.")
-
-
-def check_encoders(config: BuildConfig, views: Mapping[str, ViewConfig]) -> None:
-    """Before hours of work rather than after: weights that are not there, sizes that the codec cannot take."""
-    stride = config.codec.patch
-    if config.codec.kind == "wan":
-        assert config.codec.folder is not None  # the config's validator has seen to it
-        stride = WanCodec(config.codec.folder, config.codec.dtype).spatial_stride
-    for name, view in views.items():
-        step = stride if stride % 2 == 0 else 2 * stride  # H.264 in 4:2:0 takes even sizes only
-        if view.height % step or view.width % step:
-            raise UserError(
-                f"view {name} is {view.height}x{view.width} pixels, but codec {config.codec.kind} needs multiples of "
-                f"{step}; change the view's height and width."
-            )
-    if config.text_encoder.folder is not None:
-        find_model_folder(config.text_encoder.folder, "text_encoder")

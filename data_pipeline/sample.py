@@ -12,23 +12,25 @@ r = control_hz / fps a whole number: latent frame i >= 1 takes the actions 4r(i 
 docs (t latent frames, c channels, l text tokens, d width, k actions, a action dim, s proprio dim).
 """
 
+from __future__ import annotations
+
 import io
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-import torch
 from jaxtyping import BFloat16, Float32
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError
-from safetensors import torch as safetensors_torch
-from torch import Tensor
 
 from configs.loader import StrictConfig
 
-from .encoders.base import TEMPORAL_STRIDE
+from .encoder_config import TEMPORAL_STRIDE
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SCHEMA_VERSION = 1
 """Raised when a reader of the old version would misread a new dataset."""
@@ -131,13 +133,21 @@ def read_array(data: bytes) -> np.ndarray:
 
 
 def tensor_bytes(name: str, tensor: Tensor) -> bytes:
-    return safetensors_torch.save({name: tensor.contiguous()})
+    from safetensors.torch import save  # imports torch: seconds that whoever only cuts clips need not wait
+
+    return save({name: tensor.contiguous()})
 
 
 def read_tensor(name: str, data: bytes) -> Tensor:
     """Raises ValueError or KeyError where the bytes are not those of `tensor_bytes`."""
+    return _read_tensors(data)[name]
+
+
+def _read_tensors(data: bytes) -> dict[str, Tensor]:
+    from safetensors.torch import load  # as in `tensor_bytes`
+
     try:
-        return safetensors_torch.load(data)[name]
+        return load(data)
     except SafetensorError as error:
         raise ValueError(str(error)) from error
 
@@ -237,18 +247,19 @@ class _Checker:
         if not self.data.get(suffix):
             return None
         try:
-            tensors = safetensors_torch.load(self.data[suffix])
-        except SafetensorError as error:
+            tensors = _read_tensors(self.data[suffix])
+        except ValueError as error:
             self.fail(suffix, "safetensors", str(error))
             return None
         if set(tensors) != {name}:
             self.fail(suffix, f'one tensor "{name}"', sorted(tensors))
             return None
         tensor = tensors[name]
-        if tensor.dtype != torch.bfloat16 or tensor.ndim != len(dims.split()):
-            self.fail(suffix, f"bfloat16 {dims}", f"{tensor.dtype} {list(tensor.shape)}".removeprefix("torch."))
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype != "bfloat16" or tensor.ndim != len(dims.split()):
+            self.fail(suffix, f"bfloat16 {dims}", f"{dtype} {list(tensor.shape)}")
             return None
-        if not torch.isfinite(tensor).all():
+        if not tensor.isfinite().all():
             self.fail(suffix, "finite numbers", "NaN or infinity")
         return tensor
 

@@ -1,6 +1,7 @@
 """What every test shares: a quiet, single-threaded, offscreen, offline environment and the real recordings."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -32,6 +33,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not HAS_CUDA_DRIVER:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def ray() -> Iterator[None]:
+    """One Ray for all tests of a process: starting it and its workers takes longer than what most tests do there."""
+    from data_pipeline import ray_job
+
+    os.environ.setdefault("RAY_OVERRIDE_RESOURCES", '{"GPU": 2}')  # to be held: nothing computes on them
+    with ray_job.ray_session(None, num_workers=2, object_store_mb=100):
+        yield
 
 
 @pytest.fixture(scope="session")

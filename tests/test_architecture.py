@@ -6,6 +6,7 @@ fail.
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
@@ -33,6 +34,17 @@ ONLY_IN = {
     "mujoco": "finetune/simulators/",
     "gymnasium": "finetune/simulators/",
 }
+
+# Importing these takes seconds. Commands answer a mistake before, and the many processes that cut clips do without.
+SLOW = {"torch", "ray", "transformers", "diffusers", "matplotlib"}
+STARTS_FAST = (
+    "configs.loader",
+    "data_pipeline.build",
+    "data_pipeline.curate.episode",
+    "data_pipeline.doctor",
+    "data_pipeline.preview",
+    "data_pipeline.verify",
+)
 
 # Whoever unpickles a file runs the file.
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
@@ -176,6 +188,13 @@ def test_the_sources_are_found():
 
 def test_tests_are_no_packages():
     assert packages_under_tests(REPOSITORY) == []
+
+
+def test_what_starts_fast_imports_nothing_slow():
+    code = f"import sys, {', '.join(STARTS_FAST)}; print(*sys.modules)"
+    process = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    loaded = set(process.stdout.split())
+    assert loaded >= set(STARTS_FAST) and not loaded & SLOW
 
 
 # --- and can fail -------------------------------------------------------------------------------------------------

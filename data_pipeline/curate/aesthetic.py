@@ -9,16 +9,13 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float32, UInt8
 from pydantic import Field
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from configs.loader import StrictConfig, UserError
 
-from .clip_embedding import CLIP_FOLDER, ClipEmbedder
+from ..encoder_config import CLIP_FOLDER
 
 SCORED_FRAMES = 3
 
@@ -38,19 +35,23 @@ def open_scorer(config: AestheticConfig) -> "AestheticScorer":
 
 class AestheticScorer:
     def __init__(self, config: AestheticConfig) -> None:
+        from .clip_embedding import ClipEmbedder  # seconds to import, and few want this score
+
         self._clip = ClipEmbedder(config.clip)
         self._layers = _read_head(config.head, self._clip.width)
 
     def score(self, video: UInt8[np.ndarray, "f h w 3"]) -> float:
         """Mean over a few frames, on the head's own scale (LAION's: 1 to 10)."""
-        values = torch.from_numpy(self._clip.embed(video, SCORED_FRAMES))
+        values = self._clip.embed(video, SCORED_FRAMES)
         for weight, bias in self._layers:
             values = values @ weight.T + bias
         return float(values.mean())
 
 
-def _read_head(path: Path, width: int) -> list[tuple[Float[Tensor, "o i"], Float[Tensor, "o"]]]:
+def _read_head(path: Path, width: int) -> list[tuple[Float32[np.ndarray, "o i"], Float32[np.ndarray, "o"]]]:
     """The layers by their numbers (`layers.2.weight`, `layers.2.bias`), or the only one (`weight`, `bias`)."""
+    from safetensors.torch import load_file  # numpy has no bfloat16
+
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -62,7 +63,7 @@ def _read_head(path: Path, width: int) -> list[tuple[Float[Tensor, "o i"], Float
         weight, bias = tensors.get(f"{prefix}weight"), tensors.get(f"{prefix}bias")
         if weight is None or bias is None or weight.ndim != 2 or weight.shape[1] != width:
             raise UserError(f"{path}: its layer {name or '(the only one)'} is no linear layer of {width} numbers.")
-        layers.append((weight.float(), bias.float()))
+        layers.append((weight.float().numpy(), bias.float().numpy()))
         width = weight.shape[0]
     if width != 1 or not layers:
         raise UserError(f"{path}: must lead to one number, not {width if layers else 'nothing'}.")

@@ -20,9 +20,6 @@ from ..one_thread import one_thread
 # What every CLIP was trained with: https://github.com/openai/CLIP/blob/main/clip/clip.py
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
-CLIP_FOLDER = "folder of a CLIP model in transformers' layout, with safetensors weights"
-"""What a setting that names one says of itself."""
-
 EXAMPLE = "openai/clip-vit-large-patch14"
 
 MODEL_TYPES = ("clip", "clip_vision_model")

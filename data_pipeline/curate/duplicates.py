@@ -16,15 +16,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from jaxtyping import Float32, Int64, UInt64
 from pydantic import Field, PositiveInt
 
 from configs.loader import StrictConfig, UserError
 
-from ..one_thread import one_thread
+from ..encoder_config import CLIP_FOLDER
 from ..staging import EpisodeRecord, Rejection
-from .clip_embedding import CLIP_FOLDER
 
 SEED = 0
 NEAR_TO_TRY = 0.03
@@ -306,16 +304,16 @@ def semantic_duplicates(
 def _too_similar(keys: Sequence[str], vectors: Float32[np.ndarray, "n d"], min_cosine: float) -> dict[str, str]:
     """Of keys in the order of preference: those too similar to an earlier one that is kept, the most similar."""
     kept_keys: list[str] = []
-    kept_vectors = torch.empty(vectors.shape)
+    kept_vectors = np.empty_like(vectors)
     rejected: dict[str, str] = {}
-    with one_thread():
-        for key, vector in zip(keys, torch.from_numpy(vectors), strict=True):
-            cosines = kept_vectors[: len(kept_keys)] @ vector
-            if len(cosines) and float(cosines.max()) > min_cosine:
-                rejected[key] = kept_keys[int(cosines.argmax())]
-            else:
-                kept_vectors[len(kept_keys)] = vector
-                kept_keys.append(key)
+    for key, vector in zip(keys, vectors, strict=True):
+        # `einsum` works on one thread: a product's sums on another number of threads are taken in another order.
+        cosines = np.einsum("nd,d->n", kept_vectors[: len(kept_keys)], vector)
+        if len(cosines) and float(cosines.max()) > min_cosine:
+            rejected[key] = kept_keys[int(cosines.argmax())]
+        else:
+            kept_vectors[len(kept_keys)] = vector
+            kept_keys.append(key)
     return rejected
 
 

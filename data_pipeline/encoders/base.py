@@ -10,9 +10,6 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-TEMPORAL_STRIDE = 4
-"""Causal codecs here turn `f` frames into `1 + (f - 1) / 4` latent frames; latent frame 0 is frame 0 alone."""
-
 
 class PixelCodec(Protocol):
     """What a model needs of a codec: pixels to latents and back, on the device that it was moved to."""

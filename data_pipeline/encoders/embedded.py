@@ -25,7 +25,7 @@ from torch import Tensor
 
 from configs.loader import UserError
 
-from .base import TEMPORAL_STRIDE
+from ..encoder_config import TEMPORAL_STRIDE
 from .local_weights import load_reference
 
 WEIGHTS = "codec.safetensors"

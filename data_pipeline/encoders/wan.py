@@ -19,7 +19,7 @@ from torch import Tensor
 
 from configs.loader import UserError
 
-from .base import TEMPORAL_STRIDE
+from ..encoder_config import TEMPORAL_STRIDE
 from .local_weights import (
     CONFIG_NAME,
     DTYPES,

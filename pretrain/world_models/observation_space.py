@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from configs.loader import StrictConfig, UserError
-from data_pipeline.encoders.base import TEMPORAL_STRIDE
+from data_pipeline.encoder_config import TEMPORAL_STRIDE
 
 from .. import flow_matching
 from ..draws import SampleDraws

@@ -1,6 +1,5 @@
 """Recordings in, dataset folder out, on a real Ray: the same bytes for any number of workers and after any kill."""
 
-import errno
 import hashlib
 import os
 import re
@@ -18,10 +17,10 @@ import webdataset
 
 from configs.fields import summarise_fields
 from configs.loader import UserError, dump_config, load_config
-from data_pipeline import build, ray_job
+from data_pipeline import build, build_stages
 from data_pipeline.build import BuildConfig
 from data_pipeline.dataset_index import DatasetIndex
-from data_pipeline.encoders import VideoCodecConfig
+from data_pipeline.encoder_config import VideoCodecConfig
 from data_pipeline.loader import Loader, LoaderConfig
 from data_pipeline.sample import Sample
 from data_pipeline.sources import FORMATS
@@ -32,10 +31,7 @@ from tests.data_pipeline.recordings import numbered_frames, read_numbers, write_
 CONFIGS = Path(__file__).parents[2] / "configs/data_pipeline"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def ray():
-    with ray_job.ray_session(None, num_workers=2, object_store_mb=100):
-        yield
+pytestmark = pytest.mark.usefixtures("ray")
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +128,7 @@ def test_a_source_without_a_clip_is_warned_of_and_shown(recordings, tmp_path, ca
     (warning,) = [
         record.getMessage()
         for record in caplog.records
-        if (record.name, record.levelname) == (build.__name__, "WARNING")
+        if (record.name, record.levelname) == (build_stages.__name__, "WARNING")
     ]
     assert warning == (
         "source people: none of its episodes (5) is in the dataset (missing_view: no view front; the episode has main)"
@@ -334,18 +330,6 @@ def test_bad_input_is_one_sentence(recordings, tmp_path):
     weights = {"kind": "umt5", "folder": tmp_path / "empty"}
     bad(recordings, tmp_path / "t5", "holds no config.json", text_encoder=weights)
     assert (tmp_path / "precious/thesis.tex").exists()
-
-
-def test_what_stops_a_worker_is_a_sentence_too():
-    def worker(row):
-        raise OSError(errno.ENOSPC, "No space left on device", "shard.tar")
-
-    assert "shard.tar: No space left" in ray_job._Worker(lambda: worker)({"row": "{}"})["error"]
-
-
-def test_a_cluster_that_does_not_answer_is_told_at_once():
-    with pytest.raises(UserError, match=r"ray_address=ray://127\.0\.0\.1:1: nothing answers there"):
-        ray_job._check_answers("ray://127.0.0.1:1")
 
 
 def test_more_channels_than_a_block_has_are_refused():

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from configs.loader import UserError
-from data_pipeline import build, ray_job
+from data_pipeline import build
 from data_pipeline.resolve import staging_folder
 from data_pipeline.verify import verify
 from tests.data_pipeline.recordings import numbered_frames, write_lerobot_v21, write_video
@@ -20,10 +20,7 @@ from tests.data_pipeline.tiny_clip import write_clip
 MIN_COSINE = 0.97  # with these weights, what was encoded anew has 0.99 to what it was, and no others have 0.95
 
 
-@pytest.fixture(scope="module", autouse=True)
-def ray():
-    with ray_job.ray_session(None, num_workers=2, object_store_mb=100):
-        yield
+pytestmark = pytest.mark.usefixtures("ray")
 
 
 @pytest.fixture(scope="module")

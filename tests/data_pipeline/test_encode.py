@@ -6,7 +6,8 @@ import torch
 
 from data_pipeline.curate.episode import CurateEpisode, CuratePlan, SourcePlan
 from data_pipeline.encode import EncodeEpisode, EncodePlan, measure_codec, prepare_codec
-from data_pipeline.encoders import HashedTextEncoder, VideoCodecConfig, load_video_codec
+from data_pipeline.encoder_config import VideoCodecConfig
+from data_pipeline.encoders import HashedTextEncoder, load_video_codec
 from data_pipeline.sample import read_tensor, validate
 from data_pipeline.sources import LeRobotConfig, open_source
 from data_pipeline.staging import Staging

@@ -20,10 +20,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
 from configs.loader import UserError
+from data_pipeline.encoder_config import TextEncoderConfig
 from data_pipeline.encoders import (
     HashedTextEncoder,
     T5TextEncoder,
-    TextEncoderConfig,
     UMT5TextEncoder,
     create_text_encoder,
     load_text_encoder,

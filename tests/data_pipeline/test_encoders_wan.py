@@ -13,7 +13,8 @@ from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 
 from configs.loader import UserError
-from data_pipeline.encoders import VideoCodecConfig, WanCodec, load_video_codec
+from data_pipeline.encoder_config import VideoCodecConfig
+from data_pipeline.encoders import WanCodec, load_video_codec
 from data_pipeline.view_layout import PIXELS, LaidOutCodec, ViewLayout
 
 TINY = {"base_dim": 8, "dim_mult": [1, 1, 2, 2], "num_res_blocks": 1}

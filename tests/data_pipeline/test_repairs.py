@@ -1,6 +1,6 @@
 """Repairs: told once per kind, counted by episode, and no more of them than a description can hold."""
 
-from data_pipeline import build
+from data_pipeline import build_stages
 from data_pipeline.curate.episode import rejected_episode
 from data_pipeline.repairs import Repair, group_repairs
 from data_pipeline.staging import Rejection
@@ -31,6 +31,6 @@ def test_a_dataset_tells_the_most_common_and_how_many_more():
         rejected.model_copy(update={"episode": letter, "repairs": ("z", f"only {letter}")})
         for letter in reversed(letters)
     ]
-    info = build._source_info(letters, records)
+    info = build_stages._source_info(letters, records)
     assert [repair.sentence for repair in info.repairs] == ["z", *(f"only {letter}" for letter in letters[:19])]
     assert (info.repairs[0].num_episodes, info.repairs[1].num_episodes, info.more_repairs) == (25, 1, 6)
