@@ -21,13 +21,13 @@ from tests.data_pipeline.test_build import config_of, digests
 
 NUM_KILLS = 20
 LONGEST_WAIT_S = 2.0  # a build works for some three seconds once its workers are there
-WORKER = "ray::MapWorker"
+WORKER = "ray::_work_on_row"
 # Starts builds by forking: importing torch and Ray anew for each of them would take most of the test's time.
 STARTER = """
 import os, sys
 from pathlib import Path
 from configs.loader import load_config
-from data_pipeline import build, ray_job
+from data_pipeline import build, build_stages
 for path in sys.stdin:
     pid = os.fork()
     if not pid:
@@ -95,35 +95,34 @@ def wait_for_workers(pid: int) -> bool:
 
 
 @pytest.mark.slow
-def test_twenty_kills_change_no_byte(recordings, tmp_path):
+def test_twenty_kills_change_no_byte(ray, recordings, tmp_path):
     """One Ray for all builds, as on a cluster: starting it anew each time would take minutes."""
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     chance = random.Random()
     kills = {"worker": 0, "build": 0}
-    with ray_job.ray_session(None, num_workers=2, object_store_mb=100):
-        build.main(config_of(recordings, alone))
-        config_path = tmp_path / "build.yaml"
-        config_path.write_text(dump_config(config_of(recordings, killed, ray_address=ray_job.address())))
-        builds = Builds(config_path, tmp_path / "log")
-        while sum(kills.values()) < NUM_KILLS:
-            pid = builds.start()
-            # At most two of a build's workers: an episode that ends more of them is given up, and rightly.
-            for victim in chance.choice(["build", "worker build", "worker worker build"]).split():
-                if not wait_for_workers(pid):
-                    break
-                time.sleep(chance.uniform(0, LONGEST_WAIT_S))
-                if victim == "build":
-                    os.killpg(pid, signal.SIGKILL)
-                elif alive := workers():
-                    chance.choice(alive).kill()
-                kills[victim] += 1
-            if builds.exit_code() == 0:  # it was not caught in time: once more from the start
-                assert digests(killed) == digests(alone)
-                shutil.rmtree(killed)
-                shutil.rmtree(staging_folder(killed))
-        builds.start()
-        assert builds.exit_code() == 0, (tmp_path / "log").read_text()
-        builds.close()
+    build.main(config_of(recordings, alone))
+    config_path = tmp_path / "build.yaml"
+    config_path.write_text(dump_config(config_of(recordings, killed, ray_address=ray_job.address())))
+    builds = Builds(config_path, tmp_path / "log")
+    while sum(kills.values()) < NUM_KILLS:
+        pid = builds.start()
+        # At most two of a build's workers: an episode that ends more of them is given up, and rightly.
+        for victim in chance.choice(["build", "worker build", "worker worker build"]).split():
+            if not wait_for_workers(pid):
+                break
+            time.sleep(chance.uniform(0, LONGEST_WAIT_S))
+            if victim == "build":
+                os.killpg(pid, signal.SIGKILL)
+            elif alive := workers():
+                chance.choice(alive).kill()
+            kills[victim] += 1
+        if builds.exit_code() == 0:  # it was not caught in time: once more from the start
+            assert digests(killed) == digests(alone)
+            shutil.rmtree(killed)
+            shutil.rmtree(staging_folder(killed))
+    builds.start()
+    assert builds.exit_code() == 0, (tmp_path / "log").read_text()
+    builds.close()
     assert kills["worker"] and kills["build"], kills
     assert digests(killed) == digests(alone)
     assert verify(killed) == []
