@@ -18,6 +18,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from configs.loader import UserError, load_config
+from data_pipeline.augment import AugmentConfig
 from data_pipeline.clips import ClipConfig, ClipDataset, collate
 from data_pipeline.dataset import DatasetFolder
 from data_pipeline.dataset_index import DatasetIndex
@@ -103,19 +104,23 @@ def observation(brightness: int = 90) -> Observation:
     return Observation(views, np.zeros(2, np.float32), "push it")
 
 
-def test_the_policy_sees_the_picture_that_training_saw(chain: Path):
-    """The first frames of a recorded clip's views, given as a robot gives them, become the clip's own context."""
+@pytest.mark.parametrize("is_dropped", [False, True])
+def test_the_policy_sees_the_picture_that_training_saw(chain: Path, is_dropped: bool):
+    """The first frames of a recorded clip's views, given as a robot gives them, become the clip's own context; and a
+    black one that of a clip whose view was dropped."""
     policy = Policy.load(chain / "finetune" / "export")
     assert policy.view_names == ("front", "wrist")
     index = DatasetIndex(chain / "dataset")
-    clips = ClipDataset(index, ClipConfig(reads="video", **policy.config.inputs.model_dump()))
+    augment = AugmentConfig(view_dropout={"wrist": float(is_dropped)})
+    clips = ClipDataset(index, ClipConfig(reads="video", augment=augment, **policy.config.inputs.model_dump()))
     contexts = []
     for i in range(3):
-        batch = collate([clips[i]])
+        batch = collate([clips.read(i, place=(0, 0, i))])
         context, _ = policy.model.world_model.split(policy.model.world_model.latents(batch))
         members = index.read_sample(i)
         views = {name: decode_clip(members[f"{name}.mp4"], [0])[0] for name in policy.view_names}
         assert not np.array_equal(views["front"][0, 0], views["wrist"][0, 0])
+        views["wrist"] = views["wrist"] * (not is_dropped)
         with patch.object(policy.model, "plan", wraps=policy.model.plan) as plan:
             policy.plan(Observation(views, np.zeros(2, np.float32), "push it"))
         assert torch.equal(plan.call_args.args[0], context)
