@@ -74,8 +74,8 @@ class Augmentation:
             longest = 1 + int((inputs.dataset.num_frames - 1) / config.speed[1]) // 4 * 4
             raise UserError(
                 f"loader.augment.speed up to {config.speed[1]:g} takes {inputs.num_frames} frames from {span + 1:g}, "
-                f"but the clips in {inputs.dataset.path} have {inputs.dataset.num_frames}; set loader.crop_frames to "
-                f"at most {longest}, or lower the speed."
+                f"but the clips in {inputs.dataset.address} have {inputs.dataset.num_frames}; set loader.crop_frames "
+                f"to at most {longest}, or lower the speed."
             )
 
     def draw(self, place: Place | None, num_frames: int) -> Shown:

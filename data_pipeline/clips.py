@@ -1,5 +1,6 @@
 """One clip -> tensors: what the members of a sample become, and how clips become a batch."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -60,6 +61,9 @@ class ClipConfig(InputConfig):
 BadSample = tuple[str, str]
 """Reason and sentence of a sample that cannot be used."""
 
+Part = tuple[list[Batch], list[BadSample], Counter[str]]
+"""A rank's part of a batch: its clips, those that others stand in for, and the `TRAFFIC` that reading them took."""
+
 
 class ClipDataset(Dataset[Batch]):
     """Samples as tensors, by position in the manifest and place in the global order."""
@@ -85,9 +89,7 @@ class ClipDataset(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitems__(
-        self, requests: Sequence[tuple[int, Place | None]]
-    ) -> tuple[list[Batch], list[BadSample]] | UserError:
+    def __getitems__(self, requests: Sequence[tuple[int, Place | None]]) -> Part | UserError:
         """A part of a batch, in which the next good sample stands in for a bad one.
 
         Errors are handed over as values: raised in a worker process, torch would bury their sentence in a traceback.
@@ -104,7 +106,7 @@ class ClipDataset(Dataset[Batch]):
         if not good:
             return UserError(f"None of the {len(clips)} samples of a batch's part can be used. {bad[0][1]}")
         stand_ins = [clips[next((i for i in good if i >= place), good[0])] for place in range(len(clips))]
-        return [clip for clip in stand_ins if clip is not None], bad
+        return [clip for clip in stand_ins if clip is not None], bad, self.index.take_traffic()
 
     def __getitem__(self, position: int) -> Batch:
         return self.read(position)
@@ -234,5 +236,5 @@ def collate(clips: list[Batch]) -> Batch:
     return batch
 
 
-def collate_part(part: tuple[list[Batch], list[BadSample]] | UserError) -> tuple[Batch, list[BadSample]] | UserError:
-    return part if isinstance(part, UserError) else (collate(part[0]), part[1])
+def collate_part(part: Part | UserError) -> tuple[Batch, list[BadSample], Counter[str]] | UserError:
+    return part if isinstance(part, UserError) else (collate(part[0]), *part[1:])

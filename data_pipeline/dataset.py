@@ -29,6 +29,7 @@ from .embodiments import Embodiment
 from .normalize import NormalizationMode, Normalizer, VectorStats
 from .repairs import Repair
 from .sample import SCHEMA_VERSION
+from .storage import Address
 from .video_io import ViewConfig
 
 if TYPE_CHECKING:
@@ -42,6 +43,12 @@ REPORT = "report.html"
 CODEC = "codec"
 TEXT_ENCODER = "text_encoder"
 SHARDS = "shards"
+
+OPENED = (
+    *(DATASET_YAML, NORM_STATS, MANIFEST),
+    *(f"{CODEC}/config.json", f"{CODEC}/codec.safetensors", f"{TEXT_ENCODER}/config.json"),
+)
+"""What is read besides the shards; by file, for few servers list folders. A pretrained codec has no weights here."""
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
@@ -183,53 +190,55 @@ def bucket_name(view: ViewConfig, num_frames: int) -> str:
     return f"{view.height}x{view.width}x{num_frames}"
 
 
-def read_info(dataset: Path) -> DatasetInfo:
-    path = dataset / DATASET_YAML
+def read_info(dataset: Path, address: Address | None = None) -> DatasetInfo:
+    """`address` is where the folder's files are from, which errors tell."""
+    path, address = dataset / DATASET_YAML, address or dataset
+    where = f"{address}/{DATASET_YAML}"
     try:
         record = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         if not dataset.is_dir():
-            raise UserError(f"{dataset}: no such folder; give the `out` folder of a finished build.") from None
+            raise UserError(f"{address}: no such folder; give the `out` folder of a finished build.") from None
         raise UserError(
-            f"{dataset}: holds no {DATASET_YAML}, so it is not a dataset; give the `out` folder of a finished build "
+            f"{address}: holds no {DATASET_YAML}, so it is not a dataset; give the `out` folder of a finished build "
             "(`python -m data_pipeline.build --help`)."
         ) from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]}); build the dataset again.") from None
+        raise UserError(f"{where}: cannot be read ({str(error).splitlines()[0]}); build the dataset again.") from None
     version = record.get("schema_version") if isinstance(record, dict) else None
     if version != SCHEMA_VERSION:
         raise UserError(
-            f"{path}: has schema version {version}, but this code reads {SCHEMA_VERSION}; build the dataset again."
+            f"{where}: has schema version {version}, but this code reads {SCHEMA_VERSION}; build the dataset again."
         )
     try:
         return DatasetInfo.model_validate(record)
     except ValidationError as error:
-        raise _not_as_written(path, error) from None
+        raise _not_as_written(where, error) from None
 
 
-def read_table(path: Path, schema: pa.Schema) -> pa.Table:
-    """The manifest or the rejected clips; of the columns, those of the schema."""
+def read_table(path: Path, schema: pa.Schema, where: str | None = None) -> pa.Table:
+    """The manifest or the rejected clips; of the columns, those of the schema. Errors call it `where`."""
     try:
         return pq.read_table(path, columns=schema.names, memory_map=True).cast(schema)
     except (OSError, pa.ArrowException, ValueError) as error:
         raise UserError(
-            f"{path}: is missing or damaged ({str(error).splitlines()[0]}); build the dataset again."
+            f"{where or path}: is missing or damaged ({str(error).splitlines()[0]}); build the dataset again."
         ) from None
 
 
-def read_norm_stats(dataset: Path) -> dict[str, Any]:
-    path = dataset / NORM_STATS
+def read_norm_stats(dataset: Path, address: Address | None = None) -> dict[str, Any]:
+    path, where = dataset / NORM_STATS, f"{address or dataset}/{NORM_STATS}"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         NormStats.model_validate(record)
     except ValidationError as error:
-        raise _not_as_written(path, error) from None
+        raise _not_as_written(where, error) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); restore the file or build the dataset again.") from None
+        raise UserError(f"{where}: cannot be read ({error}); restore the file or build the dataset again.") from None
     return record
 
 
-def _not_as_written(path: Path, error: ValidationError) -> UserError:
+def _not_as_written(path: str, error: ValidationError) -> UserError:
     first = error.errors()[0]
     where = ".".join(map(str, first["loc"]))
     return UserError(f"{path}: {where}: {first['msg']}; restore the file or build the dataset again.")
@@ -241,10 +250,12 @@ class DatasetFolder:
     An export folder of a trained model carries these files too, so it opens like the dataset that it was trained on.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, address: Address | None = None) -> None:
+        """`address`, where it is another one, is where the files in the folder are from; sentences tell it."""
         self.path = Path(path)
-        self.info = read_info(self.path)
-        self.norm_stats = read_norm_stats(self.path)
+        self.address = address or self.path
+        self.info = read_info(self.path, self.address)
+        self.norm_stats = read_norm_stats(self.path, self.address)
         for robot in self.info.embodiments.values():
             self._check_stats(robot)
 
@@ -255,8 +266,8 @@ class DatasetFolder:
         )
         if found != (robot.action_dim, robot.proprio_dim):
             raise UserError(
-                f"{self.path / NORM_STATS}: has {found[0]} action and {found[1]} proprio values of {robot.name}, but "
-                f"{DATASET_YAML} describes {robot.action_dim} and {robot.proprio_dim}; restore both files."
+                f"{self.address}/{NORM_STATS}: has {found[0]} action and {found[1]} proprio values of {robot.name}, "
+                f"but {DATASET_YAML} describes {robot.action_dim} and {robot.proprio_dim}; restore both files."
             )
 
     @property
@@ -310,7 +321,7 @@ class DatasetFolder:
     def check_view(self, view: str | None) -> str:
         """The view asked for, or the first where none is."""
         if view is not None and view not in self.views:
-            raise UserError(f"view={view}: {self.path} has no such view; choose one of {', '.join(self.views)}.")
+            raise UserError(f"view={view}: {self.address} has no such view; choose one of {', '.join(self.views)}.")
         return view or next(iter(self.views))
 
     def codec(self) -> "VideoCodec":
@@ -319,7 +330,7 @@ class DatasetFolder:
         codec = load_video_codec(self.path / CODEC)
         if codec.weight_hash != self.info.codec.weight_hash:
             raise UserError(
-                f"{self.path / CODEC}: is not the codec that this dataset was encoded with (weight hash "
+                f"{self.address}/{CODEC}: is not the codec that this dataset was encoded with (weight hash "
                 f"{codec.weight_hash[:12]}, expected {self.info.codec.weight_hash[:12]}); restore it or build again."
             )
         return codec
@@ -330,9 +341,9 @@ class DatasetFolder:
         encoder = load_text_encoder(self.path / TEXT_ENCODER)
         if encoder.weight_hash != self.info.text_encoder.weight_hash:
             raise UserError(
-                f"{self.path / TEXT_ENCODER}: is not the text encoder that this dataset was encoded with (weight hash "
-                f"{encoder.weight_hash[:12]}, expected {self.info.text_encoder.weight_hash[:12]}); restore it or build "
-                "again."
+                f"{self.address}/{TEXT_ENCODER}: is not the text encoder that this dataset was encoded with (weight "
+                f"hash {encoder.weight_hash[:12]}, expected {self.info.text_encoder.weight_hash[:12]}); restore it "
+                "or build again."
             )
         return encoder
 
@@ -345,7 +356,7 @@ class DatasetFolder:
         per_embodiment = self.norm_stats["embodiments"]
         if embodiment not in per_embodiment:
             known = ", ".join(per_embodiment) or "none"
-            raise UserError(f"{self.path}: has no statistics of embodiment {embodiment!r}; it knows: {known}.")
+            raise UserError(f"{self.address}: has no statistics of embodiment {embodiment!r}; it knows: {known}.")
         return per_embodiment[embodiment]
 
     @property

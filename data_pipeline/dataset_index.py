@@ -1,9 +1,9 @@
 """A dataset opened for reading: what it holds, and any sample of it by its place in the manifest."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,16 +12,17 @@ import pyarrow.compute as pc
 
 from configs.loader import UserError
 
-from .dataset import MANIFEST, MANIFEST_SCHEMA, DatasetFolder, Split, read_table
-from .shards import ShardError, ShardReader, read_records
+from .dataset import MANIFEST, MANIFEST_SCHEMA, OPENED, DatasetFolder, Split, read_table
+from .shards import ShardError, read_records
+from .storage import Address, StorageConfig, open_files
 
 
 class BadSampleError(UserError):
     """A sample that cannot be used; `reason` is one of `SHARD_PROBLEMS`."""
 
-    def __init__(self, dataset: Path, shard: str, key: str, error: ShardError) -> None:
+    def __init__(self, dataset: Address, shard: str, key: str, error: ShardError) -> None:
         super().__init__(
-            f"{dataset / shard}: sample {key}: the shard {error}; list everything that is damaged with "
+            f"{dataset}/{shard}: sample {key}: the shard {error}; list everything that is damaged with "
             f"`python -m data_pipeline.verify {dataset}`, then restore the shard or build the dataset again."
         )
         self.reason = error.reason
@@ -34,8 +35,9 @@ _COLUMNS = ("key", "shard", "offset", "bytes", "split", "bucket", "source", "emb
 class DatasetIndex(DatasetFolder):
     """A dataset opened for reading: what it holds, and any sample of it by position in the manifest."""
 
-    def __init__(self, dataset: Path) -> None:
-        super().__init__(dataset)
+    def __init__(self, address: Address, storage: StorageConfig | None = None) -> None:
+        self.files = open_files(address, storage or StorageConfig())
+        super().__init__(self.files.fetch(OPENED), address)
         self._table = self._read_manifest(_COLUMNS)
         # Plain arrays: a million Python rows would take a gigabyte, and a lookup in Arrow a microsecond too many.
         shards = self._table["shard"].combine_chunks()
@@ -43,7 +45,6 @@ class DatasetIndex(DatasetFolder):
         self._shards: list[str] = shards.dictionary.to_pylist()
         self._offsets = self._table["offset"].to_numpy()
         self._num_bytes = self._table["bytes"].to_numpy()
-        self._reader = ShardReader(self.path)
 
     @cached_property
     def manifest(self) -> pa.Table:
@@ -56,7 +57,8 @@ class DatasetIndex(DatasetFolder):
 
     def _read_manifest(self, columns: Sequence[str]) -> pa.Table:
         schema = pa.schema([MANIFEST_SCHEMA.field(name) for name in columns])
-        return read_table(self.path / MANIFEST, schema).unify_dictionaries().combine_chunks()
+        table = read_table(self.path / MANIFEST, schema, f"{self.address}/{MANIFEST}")
+        return table.unify_dictionaries().combine_chunks()
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -73,6 +75,12 @@ class DatasetIndex(DatasetFolder):
     def key(self, i: int) -> str:
         return self._table["key"][int(i)].as_py()
 
+    def take_traffic(self) -> Counter[str]:
+        """Requests and retries of this process since this was asked last; none where the dataset is local."""
+        taken = Counter(self.files.traffic)
+        self.files.traffic.clear()
+        return taken
+
     def row(self, i: int) -> dict[str, Any]:
         return self.manifest.slice(int(i), 1).to_pylist()[0]
 
@@ -80,7 +88,7 @@ class DatasetIndex(DatasetFolder):
         """The members of sample i: `__key__`, and bytes by suffix (see `sample.py`)."""
         shard = self._shards[self._shard_of[i]]
         try:
-            records = self._reader.read(shard, int(self._offsets[i]), int(self._num_bytes[i]))
+            records = self.files.read(shard, int(self._offsets[i]), int(self._num_bytes[i]))
             if check_sha256:
                 self._check_sha256(i, records)
             members = read_records(records)
@@ -95,7 +103,7 @@ class DatasetIndex(DatasetFolder):
             raise ShardError("holds other bytes than its checksum promises", "wrong_checksum")
 
     def bad_sample(self, i: int, error: ShardError) -> BadSampleError:
-        return BadSampleError(self.path, self._shards[self._shard_of[i]], self.key(i), error)
+        return BadSampleError(self.address, self._shards[self._shard_of[i]], self.key(i), error)
 
     def shard_sizes(self, indices: np.ndarray) -> np.ndarray:
         """How many of these samples, which are sorted by `by_place`, lie in each of their shards: int64 [s]."""

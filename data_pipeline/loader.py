@@ -10,7 +10,6 @@ import logging
 from collections import Counter, deque
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
@@ -25,6 +24,7 @@ from .clips import BadSample, Batch, ClipConfig, ClipDataset, collate_part
 from .dataset import Split
 from .dataset_index import DatasetIndex
 from .sample_order import Cursor, SampleOrder, ShuffleConfig, Stream, weight_at
+from .storage import Address, StorageConfig
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,11 @@ class MixtureConfig(StrictConfig):
 class LoaderConfig(ClipConfig):
     """How a dataset is read in training."""
 
-    dataset: Path = Field(description="The dataset folder that `data_pipeline.build` wrote.")
+    dataset: Address = Field(
+        description="The dataset folder that `data_pipeline.build` wrote, or the s3://, gs://, hf:// or http(s):// "
+        "address of a copy."
+    )
+    storage: StorageConfig = StorageConfig()
     split: Split = "train"
     global_batch_size: PositiveInt = Field(64, description="Samples per step over all ranks.")
     seed: int = Field(0, ge=0, description="Of the sample order.")
@@ -110,6 +114,7 @@ class Loader:
         self.cursor = cursor or Cursor()
         self.num_read = 0
         self.bad_samples: Counter[str] = Counter()  # reason -> number, on this rank since the start
+        self.traffic: Counter[str] = Counter()  # requests and retries, likewise
         self.clips = ClipDataset(index, config)
 
     def epochs(self) -> dict[str, float]:
@@ -130,8 +135,9 @@ class Loader:
         for part in batches:
             if isinstance(part, UserError):
                 raise part
-            batch, bad = part
+            batch, bad, traffic = part
             self.num_read += len(batch["keys"])
+            self.traffic += traffic
             self._count(bad)
             self.cursor = ahead.popleft()
             yield batch
@@ -156,7 +162,7 @@ def _groups(index: DatasetIndex, config: LoaderConfig) -> dict[str, np.ndarray]:
     indices = index.indices(config.split, only_with_actions=config.only_with_actions)
     if not len(indices):
         kind = "action-labelled samples" if config.only_with_actions else "samples"
-        raise UserError(f"{index.path}: split {config.split} holds no {kind}; use another split or dataset.")
+        raise UserError(f"{index.address}: split {config.split} holds no {kind}; use another split or dataset.")
     if config.mixture is None:
         return {"all": indices}
     names, name_of = index.column(config.mixture.by)
@@ -170,7 +176,7 @@ def _groups(index: DatasetIndex, config: LoaderConfig) -> dict[str, np.ndarray]:
         if not len(members):
             known = [name or "none" for i, name in enumerate(names) if np.any(name_of[indices] == i)]
             raise UserError(
-                f"loader.mixture.weights: no {config.mixture.by} of split {config.split} in {index.path} is called "
+                f"loader.mixture.weights: no {config.mixture.by} of split {config.split} in {index.address} is called "
                 f"{pattern!r}{suggest(pattern, known)}; there are: {', '.join(known)}."
             )
     return groups
@@ -207,6 +213,6 @@ def _only_bucket(index: DatasetIndex, indices: np.ndarray) -> str:
     buckets = [str(names[i]) for i in np.unique(bucket_of[indices])]
     if len(buckets) > 1:
         raise UserError(
-            f"{index.path}: holds several sizes of clips ({', '.join(buckets)}); build one dataset for each."
+            f"{index.address}: holds several sizes of clips ({', '.join(buckets)}); build one dataset for each."
         )
     return buckets[0]

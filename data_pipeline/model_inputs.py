@@ -56,7 +56,7 @@ class ModelInputs:
         self.num_frames = config.crop_frames or dataset.num_frames
         if self.num_frames > dataset.num_frames:
             raise UserError(
-                f"crop_frames={self.num_frames}, but the clips in {dataset.path} have {dataset.num_frames} frames; "
+                f"crop_frames={self.num_frames}, but the clips in {dataset.address} have {dataset.num_frames} frames; "
                 "choose fewer, or null for all of them."
             )
 

@@ -23,7 +23,7 @@ END_OF_TAR = bytes(2 * BLOCK)
 
 SHARD_PROBLEMS = {
     "missing_shard": "there is no such file",
-    "unreadable_shard": "the file system refuses it",
+    "unreadable_shard": "the file system or the server refuses it",
     "truncated_shard": "it ends too early",
     "wrong_checksum": "it holds other bytes than the manifest promises",
     "damaged_records": "its bytes are not the tar records of the sample",
@@ -210,6 +210,9 @@ class ShardReader:
             raise ShardError(f"ends at byte {size}, but this sample should reach to byte {end}", "truncated_shard")
         return data
 
+    def size(self, shard: str) -> int:
+        return os.fstat(self._file(shard)).st_size
+
     def _file(self, shard: str) -> int:
         if shard in self._files:
             self._files.move_to_end(shard)
@@ -233,5 +236,5 @@ class ShardReader:
         return {"root": self.root, "max_open": self.max_open, "_files": OrderedDict()}
 
 
-def read_index(path: Path) -> np.ndarray:
-    return np.fromfile(path, dtype="<u8")
+def parse_index(data: bytes) -> np.ndarray:
+    return np.frombuffer(data, dtype="<u8")

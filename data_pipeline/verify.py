@@ -15,13 +15,14 @@ from pydantic import Field
 
 from configs.loader import StrictConfig, UserError, run_command
 
-from .dataset import REJECTED, REJECTED_SCHEMA, REPORT, SHARDS, SPLITS, bucket_name, read_info, read_table
+from .dataset import OPENED, REJECTED, REJECTED_SCHEMA, REPORT, SHARDS, SPLITS, bucket_name, read_info, read_table
 from .dataset_index import DatasetIndex
 from .one_thread import one_thread
 from .pack import DatasetStatistics
 from .progress import track
 from .sample import KEY, Sample, SampleMeta, validate
-from .shards import BLOCK, END_OF_TAR, ShardError, index_path, read_index, read_records
+from .shards import BLOCK, END_OF_TAR, ShardError, index_path, parse_index, read_records
+from .storage import Address, StorageConfig, open_files
 from .video_io import VideoError, decode_clip
 
 logger = logging.getLogger(__name__)
@@ -30,13 +31,14 @@ Row = dict[str, Any]
 
 
 class VerifyConfig(StrictConfig):
-    dataset: Path = Field(description="The dataset folder.")
+    dataset: Address = Field(description="The dataset folder, or its URL.")
+    storage: StorageConfig = StorageConfig()
     decode: bool = Field(True, description="Also decode every clip.")
 
 
 def main(config: VerifyConfig) -> int:
     with one_thread():
-        problems = verify(config.dataset, decode=config.decode)
+        problems = verify(config.dataset, config.storage, decode=config.decode)
     for problem in problems:
         sys.stdout.write(f"{problem}\n")
     if problems:
@@ -46,11 +48,11 @@ def main(config: VerifyConfig) -> int:
     return 0
 
 
-def verify(dataset: Path, *, decode: bool = True) -> list[str]:
+def verify(dataset: Address, storage: StorageConfig | None = None, *, decode: bool = True) -> list[str]:
     """Every broken promise, one line each. UserError where this is no dataset at all."""
-    read_info(dataset)
+    read_info(open_files(dataset, storage or StorageConfig()).fetch(OPENED), dataset)
     try:
-        index = DatasetIndex(dataset)
+        index = DatasetIndex(dataset, storage)
     except UserError as error:
         return [str(error)]
     problems = [*_manifest_problems(index), *_count_problems(index), *_encoder_problems(index)]
@@ -105,7 +107,8 @@ def _manifest_problems(index: DatasetIndex) -> Iterator[str]:
 def _count_problems(index: DatasetIndex) -> Iterator[str]:
     counts = index.info.counts
     try:
-        rejected = len(read_table(index.path / REJECTED, REJECTED_SCHEMA))
+        folder = index.files.fetch([REJECTED])
+        rejected = len(read_table(folder / REJECTED, REJECTED_SCHEMA, f"{index.address}/{REJECTED}"))
     except UserError as error:
         yield str(error)
         return
@@ -127,12 +130,23 @@ def _encoder_problems(index: DatasetIndex) -> Iterator[str]:
 
 
 def _file_problems(index: DatasetIndex, shards: set[str]) -> Iterator[str]:
-    if not (index.path / REPORT).is_file():
-        yield f"{REPORT}: is missing; write it with `python -m data_pipeline.preview {index.path}`"
+    if not _is_there(index, REPORT):
+        yield f"{REPORT}: is missing; write it with `python -m data_pipeline.preview {index.address}`"
+    # Remote storage is not asked what else there is: not every server can tell.
     for path in sorted((index.path / SHARDS).rglob("*")):
         name = str(path.relative_to(index.path))
         if path.is_file() and name.removesuffix(".idx") not in shards:
             yield f"{name}: no sample of the manifest is in it"
+
+
+def _is_there(index: DatasetIndex, name: str) -> bool:
+    try:
+        index.files.size(name)
+    except ShardError as error:
+        if error.reason != "missing_shard":
+            raise
+        return False
+    return True
 
 
 def _statistics_problems(index: DatasetIndex, statistics: DatasetStatistics) -> Iterator[str]:
@@ -168,17 +182,21 @@ class _Shard:
         self.rows = sorted(rows, key=lambda row: row["offset"])
 
     def problems(self) -> list[str]:
-        path = self.index.path / self.shard
-        if not path.is_file():
-            return [f"{self.shard}: is missing, and with it {len(self.rows)} samples"]
-        return [f"{self.shard}: {problem}" for problem in [*self._layout_problems(path), *self._sample_problems(path)]]
+        try:
+            size = self.index.files.size(self.shard)
+            found = [*self._layout_problems(size), *self._sample_problems(size)]
+        except ShardError as error:
+            if error.reason == "missing_shard":
+                return [f"{self.shard}: is missing, and with it {len(self.rows)} samples"]
+            return [f"{self.shard}: {error}"]
+        return [f"{self.shard}: {problem}" for problem in found]
 
-    def _layout_problems(self, path: Path) -> Iterator[str]:
+    def _layout_problems(self, size: int) -> Iterator[str]:
         ends = [row["offset"] + row["bytes"] for row in self.rows]
         starts = [row["offset"] for row in self.rows]
         if starts != [0, *ends[:-1]]:
             yield "the manifest's samples do not lie end to end"
-        expected, found = ends[-1] + len(END_OF_TAR), path.stat().st_size
+        expected, found = ends[-1] + len(END_OF_TAR), size
         if found < expected:
             lost = sum(end > found for end in ends)
             first = next((row["key"] for row, end in zip(self.rows, ends, strict=True) if end > found), "none")
@@ -188,22 +206,28 @@ class _Shard:
             )
         elif found > expected:
             yield f"has {found} bytes, expected {expected}"
-        if not index_path(path).is_file():
-            yield f"its index {index_path(path).name} is missing"
-        elif index_path(path).stat().st_size % 8 or read_index(index_path(path)).tolist() != [*starts, ends[-1]]:
-            yield f"its index {index_path(path).name} differs from the manifest"
+        yield from self._index_problems([*starts, ends[-1]])
 
-    def _sample_problems(self, path: Path) -> Iterator[str]:
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            for row in self.rows:
-                if row["offset"] + row["bytes"] > size:
-                    return  # told already
-                file.seek(row["offset"])
-                yield from self._records_problems(row, file.read(row["bytes"]))
-            end = file.read(len(END_OF_TAR))
-            if end != END_OF_TAR and len(end) % BLOCK == 0:
-                yield "does not end with the end mark of a tar"
+    def _index_problems(self, expected: list[int]) -> Iterator[str]:
+        index = index_path(Path(self.shard))
+        if not _is_there(self.index, str(index)):
+            yield f"its index {index.name} is missing"
+            return
+        data = self.index.files.read(str(index), 0, self.index.files.size(str(index)))
+        if len(data) % 8 or parse_index(data).tolist() != expected:
+            yield f"its index {index.name} differs from the manifest"
+
+    def _sample_problems(self, size: int) -> Iterator[str]:
+        read = self.index.files.read
+        end = 0
+        for row in self.rows:
+            end = row["offset"] + row["bytes"]
+            if end > size:
+                return  # told already
+            yield from self._records_problems(row, read(self.shard, row["offset"], row["bytes"]))
+        mark = read(self.shard, end, min(len(END_OF_TAR), size - end))
+        if mark != END_OF_TAR and len(mark) % BLOCK == 0:
+            yield "does not end with the end mark of a tar"
 
     def _records_problems(self, row: Row, records: bytes) -> list[str]:
         if hashlib.sha256(records).hexdigest() != row["sha256"]:

@@ -28,6 +28,7 @@ from data_pipeline.dataset import DatasetFolder, Split
 from data_pipeline.dataset_index import DatasetIndex
 from data_pipeline.normalize import Normalizer, VectorStats
 from data_pipeline.sample import SampleMeta, read_array
+from data_pipeline.storage import Address, StorageConfig
 from data_pipeline.video_io import ViewConfig, decode_clip, prepare_view
 from pretrain.engine.ranks import bf16_is_faster
 from pretrain.exported import WEIGHTS, load_weights
@@ -239,8 +240,8 @@ def collect_frames(
         instructions += [meta.instruction or ""] * len(wanted)
     if not images:
         raise UserError(
-            f"{index.path}: split {split!r} has no clip of {embodiment!r} with {action_horizon} recorded actions in a "
-            "row: lower action_horizon or build longer clips"
+            f"{index.address}: split {split!r} has no clip of {embodiment!r} with {action_horizon} recorded actions in "
+            "a row: lower action_horizon or build longer clips"
         )
     return Frames(
         images=torch.from_numpy(np.concatenate(images)),
@@ -254,7 +255,8 @@ def collect_frames(
 
 
 class BehaviourCloningConfig(StrictConfig):
-    dataset: Path = Field(description="dataset folder written by data_pipeline.build")
+    dataset: Address = Field(description="dataset folder written by data_pipeline.build, or its URL")
+    storage: StorageConfig = StorageConfig()
     output: Path = Field(description="folder to write the policy to")
     view: str | None = Field(None, description="camera; null: the dataset's first")
     embodiment: str | None = Field(None, description="robot; null: the dataset's only one")
@@ -278,7 +280,7 @@ def main(config: BehaviourCloningConfig) -> None:
         raise UserError(f"execute_steps={config.execute_steps} exceeds action_horizon={config.action_horizon}")
     torch.set_num_threads(config.num_threads)
     config.output.mkdir(parents=True, exist_ok=True)
-    index = DatasetIndex(config.dataset)
+    index = DatasetIndex(config.dataset, config.storage)
     view, embodiment = index.check_view(config.view), choose_embodiment(index, config.embodiment)
     arguments = (embodiment, view, config.action_horizon, config.max_frames)
     frames = collect_frames(index, "train", *arguments)
@@ -355,12 +357,12 @@ def choose_embodiment(dataset: DatasetFolder, wanted: str | None) -> str:
     """The robot asked for, or the dataset's only one."""
     known = list(dataset.embodiments)
     if not known:
-        raise UserError(f"{dataset.path}: holds no actions, so there is nothing to imitate or to compare with")
+        raise UserError(f"{dataset.address}: holds no actions, so there is nothing to imitate or to compare with")
     if wanted is None and len(known) == 1:
         return known[0]
     if wanted not in known:
         given = "holds several robots" if wanted is None else f"holds no robot {wanted!r}"
-        raise UserError(f"{dataset.path}: {given}, choose embodiment= one of {', '.join(known)}")
+        raise UserError(f"{dataset.address}: {given}, choose embodiment= one of {', '.join(known)}")
     return wanted
 
 

@@ -24,6 +24,7 @@ from data_pipeline.dataset import DatasetFolder, Split
 from data_pipeline.dataset_index import DatasetIndex
 from data_pipeline.model_inputs import ModelInputs
 from data_pipeline.sample import SampleMeta, read_array
+from data_pipeline.storage import Address, StorageConfig
 from data_pipeline.video_io import decode_clip
 from pretrain.evaluate import check_same_encoders, check_same_robot
 from pretrain.world_models.observation_space import resolve
@@ -36,7 +37,8 @@ OPEN_LOOP_ROWS = ("policy", "blind", "bc")  # those that predict from a recordin
 
 
 class OpenLoopConfig(StrictConfig):
-    dataset: Path | None = Field(None, description="dataset folder written by data_pipeline.build")
+    dataset: Address | None = Field(None, description="dataset folder written by data_pipeline.build, or its URL")
+    storage: StorageConfig = StorageConfig()
     split: Split = Field("validation", description="episodes to measure on")
     embodiment: str | None = Field(None, description="robot; null: the dataset's only one")
     max_clips: int = Field(512, ge=1, description="clips to measure on; more are thinned out evenly")
@@ -60,7 +62,7 @@ def evaluate_open_loop(
 ) -> dict[str, Any]:
     if config.dataset is None:
         raise UserError("open loop needs open_loop.dataset=FOLDER, a dataset with held-out episodes")
-    index = DatasetIndex(config.dataset)
+    index = DatasetIndex(config.dataset, config.storage)
     embodiment = choose_embodiment(index, config.embodiment)
     mean = np.array(index.norm_stats["embodiments"][embodiment]["actions_absolute"]["mean"], np.float32)
     clips = read_clips(index, config, embodiment, mean)
@@ -127,8 +129,8 @@ def read_clips(index: DatasetIndex, config: OpenLoopConfig, embodiment: str, mea
             positions.append(i)
     if not positions:
         raise UserError(
-            f"{index.path}: split {config.split!r} holds no clip of {embodiment!r}: hold out episodes when building, "
-            "or measure on another split"
+            f"{index.address}: split {config.split!r} holds no clip of {embodiment!r}: hold out episodes when "
+            "building, or measure on another split"
         )
     positions = positions[:: -(-len(positions) // config.max_clips)]
     clips = [_read_control(index, i) for i in positions]
@@ -195,7 +197,7 @@ def _predict_bc(
     robot = index.embodiments[embodiment]
     if (robot.action_dim, robot.proprio_dim) != (policy.spec.action_dim, policy.spec.proprio_dim):
         raise UserError(
-            f"{index.path}: {embodiment} has {robot.action_dim} actions and {robot.proprio_dim} proprio values, but "
+            f"{index.address}: {embodiment} has {robot.action_dim} actions and {robot.proprio_dim} proprio values, but "
             f"behaviour cloning was trained on {policy.spec.action_dim} and {policy.spec.proprio_dim}: train it anew"
         )
     chunks = []

@@ -55,7 +55,7 @@ class Policy:
         actions = dataset.normalizer(embodiment, "actions_absolute", mode)
         if actions is None or embodiment not in dataset.embodiments:
             raise UserError(
-                f"{dataset.path}: does not describe the robot {embodiment!r}, so no policy can act with it."
+                f"{dataset.address}: does not describe the robot {embodiment!r}, so no policy can act with it."
             )
         self.action_normalizer = actions
         self.proprio_normalizer = dataset.normalizer(embodiment, "proprio", mode)

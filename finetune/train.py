@@ -42,7 +42,7 @@ class FinetuneConfig(TrainConfig):
 def main(config: FinetuneConfig) -> int:
     log_on_main_rank_only()
     config = resume_run(config)
-    index = DatasetIndex(config.loader.dataset)
+    index = DatasetIndex(config.loader.dataset, config.loader.storage)
     torch.manual_seed(config.seed)  # every rank starts from the same weights
     model, described = build_policy_model(config, index)
     batches = dataset_batches(index, config.loader)
@@ -97,7 +97,7 @@ def choose_embodiment(config: FinetuneConfig, index: DatasetIndex) -> str:
         return known[0]
     if config.embodiment not in known:
         what = "holds no robot" if not known else f"holds the robots {', '.join(known)}; set embodiment to one of them"
-        raise UserError(f"embodiment={config.embodiment}: {index.path} {what}.")
+        raise UserError(f"embodiment={config.embodiment}: {index.address} {what}.")
     return config.embodiment
 
 

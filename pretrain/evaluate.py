@@ -24,6 +24,7 @@ from data_pipeline.clips import ClipConfig, ClipDataset, collate
 from data_pipeline.dataset import DatasetFolder
 from data_pipeline.dataset_index import DatasetIndex
 from data_pipeline.model_inputs import InputConfig, ModelInputs
+from data_pipeline.storage import Address, StorageConfig
 from data_pipeline.video_quality import PixelError, moving_pixels
 
 from .exported import load_world_model
@@ -37,7 +38,8 @@ class EvaluateConfig(StrictConfig):
     """Held-out evaluation of a world model."""
 
     checkpoint: Path = Field(description="export/ folder of a pretraining run")
-    dataset: Path = Field(description="dataset folder whose validation split is imagined")
+    dataset: Address = Field(description="dataset folder, or the URL of one, whose validation split is imagined")
+    storage: StorageConfig = StorageConfig()
     max_clips: int = Field(512, ge=2, description="clips at most, evenly spread over the split")
     batch_size: int = Field(32, ge=2, description="clips at a time")
     num_draws: int = Field(4, ge=1, description="noises averaged in each mean prediction")
@@ -49,7 +51,7 @@ def main(config: EvaluateConfig) -> None:
     if config.output is not None:
         config.output.parent.mkdir(parents=True, exist_ok=True)
     world_model, model_config, described = load_world_model(config.checkpoint)
-    index = DatasetIndex(config.dataset)
+    index = DatasetIndex(config.dataset, config.storage)
     check_fits(ModelInputs(index, model_config.inputs), world_model.config, described)
     figures = evaluate(world_model, index, model_config.inputs, config)
     text = json.dumps(figures, indent=2)
@@ -107,7 +109,7 @@ def validation_batches(
     indices = index.indices("validation", only_with_actions=True)
     if len(indices) < 2:
         raise UserError(
-            f"{index.path}: its validation split has {len(indices)} clips with actions, too few to evaluate; record "
+            f"{index.address}: its validation split has {len(indices)} clips with actions, too few to evaluate; record "
             "more episodes, or build again with a larger validation_share."
         )
     chosen = indices[np.unique(np.linspace(0, len(indices) - 1, min(max_clips, len(indices))).round().astype(int))]
@@ -134,9 +136,10 @@ def check_same_encoders(dataset: DatasetFolder, trained_on: DatasetFolder) -> No
     ):
         if (ours.name, ours.weight_hash) != (theirs.name, theirs.weight_hash):
             raise UserError(
-                f"{dataset.path} was encoded with {what} {ours.name} {ours.weight_hash[:12]}, but {trained_on.path} "
-                f"was trained on {what} {theirs.name} {theirs.weight_hash[:12]}; train on this dataset, or build it "
-                f"together with the other recordings (one build, several sources) so that both have one {what}."
+                f"{dataset.address} was encoded with {what} {ours.name} {ours.weight_hash[:12]}, but "
+                f"{trained_on.address} was trained on {what} {theirs.name} {theirs.weight_hash[:12]}; train on this "
+                f"dataset, or build it together with the other recordings (one build, several sources) so "
+                f"that both have one {what}."
             )
 
 
@@ -146,14 +149,14 @@ def check_same_robot(
     """Actions of another robot mean nothing to a model either, even where there are as many of them."""
     if name not in trained_on.embodiments:
         raise UserError(
-            f"{dataset.path} has actions of the robot {name}, but {trained_on.path} was trained on "
+            f"{dataset.address} has actions of the robot {name}, but {trained_on.address} was trained on "
             f"{', '.join(trained_on.embodiments) or 'none'}; use a dataset of that, or train on this one."
         )
     ours, theirs = dataset.embodiments[name], trained_on.embodiments[name]
     if ours.action_names != theirs.action_names or (needs_proprio and ours.proprio_names != theirs.proprio_names):
         raise UserError(
-            f"the actions or proprio of {name} in {dataset.path} have another layout than those that {trained_on.path} "
-            "was trained on; use a dataset with the same, or train on this one."
+            f"the actions or proprio of {name} in {dataset.address} have another layout than those that "
+            f"{trained_on.address} was trained on; use a dataset with the same, or train on this one."
         )
 
 

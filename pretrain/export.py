@@ -19,6 +19,7 @@ from pydantic import Field
 
 from configs.loader import StrictConfig, UserError, load_config, run_command
 from data_pipeline.dataset import DatasetFolder
+from data_pipeline.dataset_index import DatasetIndex
 
 from .checkpoint import CHECKPOINTS, EMA_WEIGHTS, WEIGHTS, find_checkpoints, verify_checkpoint
 from .exported import ADDED_WEIGHTS, MODEL_YAML, VIDEO, WorldModelConfig, load_model_config
@@ -82,7 +83,7 @@ def _dataset_folder(source: Path) -> DatasetFolder:
     if source.parent.name != CHECKPOINTS:
         return DatasetFolder(source)
     config = load_config(PretrainConfig, source.parent.parent / CONFIG_FILE)
-    return DatasetFolder(config.loader.dataset)
+    return DatasetIndex(config.loader.dataset, config.loader.storage)
 
 
 @contextmanager

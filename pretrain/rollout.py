@@ -21,6 +21,7 @@ from pydantic import Field
 from configs.loader import StrictConfig, run_command
 from data_pipeline.dataset_index import DatasetIndex
 from data_pipeline.model_inputs import ModelInputs
+from data_pipeline.storage import Address, StorageConfig
 from data_pipeline.video_io import encode_video
 
 from .evaluate import check_fits, imagine, validation_batches
@@ -36,7 +37,8 @@ class RolloutConfig(StrictConfig):
     """Pictures of what a world model imagines."""
 
     checkpoint: Path = Field(description="export/ folder of a pretraining run")
-    dataset: Path = Field(description="dataset folder whose validation split is imagined")
+    dataset: Address = Field(description="dataset folder, or the URL of one, whose validation split is imagined")
+    storage: StorageConfig = StorageConfig()
     output: Path = Field(description="folder for the mp4 files and strips.png")
     num_clips: int = Field(5, ge=2, description="clips to imagine")
     num_draws: int = Field(4, ge=1, description="noises averaged in each mean prediction")
@@ -47,7 +49,7 @@ class RolloutConfig(StrictConfig):
 def main(config: RolloutConfig) -> None:
     config.output.mkdir(parents=True, exist_ok=True)
     world_model, model_config, described = load_world_model(config.checkpoint)
-    index = DatasetIndex(config.dataset)
+    index = DatasetIndex(config.dataset, config.storage)
     check_fits(ModelInputs(index, model_config.inputs), world_model.config, described)
     generator = torch.Generator().manual_seed(config.seed)
     (batch,) = validation_batches(index, model_config.inputs, config.num_clips, config.num_clips, config.seed)

@@ -11,6 +11,7 @@ from torch import Tensor
 from configs.loader import UserError
 from data_pipeline.sample_order import Cursor
 from data_pipeline.shards import SHARD_PROBLEMS
+from data_pipeline.storage import TRAFFIC
 
 from .draws import SampleDraws, Stream
 from .ema import ExponentialMovingAverage
@@ -33,6 +34,7 @@ class Batches(Protocol):
 
     cursor: Cursor
     bad_samples: Counter[str]  # reason -> samples of this rank that could not be used
+    traffic: Counter[str]  # `TRAFFIC` -> number of them, where the data lies on remote storage
 
     def __iter__(self) -> Iterator[Batch]: ...
 
@@ -100,12 +102,17 @@ def train_row(
 
 
 def data_row(engine: Engine, batches: Batches) -> dict[str, Any]:
-    """What was read so far: samples, epochs of each source, and what could not be used on any rank. Collective."""
-    bad = engine.mean_across_ranks({reason: float(batches.bad_samples[reason]) for reason in SHARD_PROBLEMS})
+    """What was read so far: samples, epochs of each source, and what on any rank could not be used, or had to be asked
+    of remote storage again. Collective."""
+    counts = {f"bad_samples/{reason}": float(batches.bad_samples[reason]) for reason in SHARD_PROBLEMS}
+    counts |= {f"storage/{what}": float(batches.traffic[what]) for what in TRAFFIC}
+    means = engine.mean_across_ranks(counts)
+    # Ranks that share sequences read the same samples, but each asks for them.
+    num_readers = {name: engine.world_size if name.startswith("storage/") else engine.data_world_size for name in means}
     return {
         "samples_seen": sum(batches.cursor.consumed.values()),
         **{f"epoch/{source}": round(epoch, 4) for source, epoch in batches.epochs().items()},
-        **{f"bad_samples/{reason}": round(mean * engine.data_world_size) for reason, mean in bad.items() if mean},
+        **{name: round(mean * num_readers[name]) for name, mean in means.items() if mean},
     }
 
 

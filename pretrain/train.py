@@ -26,6 +26,7 @@ from data_pipeline.dataset_index import DatasetIndex
 from data_pipeline.loader import Loader, LoaderConfig
 from data_pipeline.model_inputs import ModelInputs
 from data_pipeline.sample_order import Cursor
+from data_pipeline.storage import StorageConfig
 
 from .checkpoint import CHECKPOINTS, find_checkpoints, load_checkpoint, save_checkpoint, write_export
 from .draws import seed_layers
@@ -89,6 +90,7 @@ class PretrainConfig(TrainConfig):
 MAY_CHANGE = frozenset(
     {"run_dir", "num_steps", "checkpoint_every", "keep_last", "validate_every", "validation_batches", "log_every"}
     | {"loader.num_workers", "loader.prefetch_factor", "loader.check_sha256", "loader.max_bad_fraction"}
+    | {f"loader.storage.{name}" for name in StorageConfig.model_fields}
     | {"engine.timeout_s"}
 )
 
@@ -105,7 +107,7 @@ class OpenBatches(Protocol):
 def main(config: PretrainConfig) -> int:
     log_on_main_rank_only()
     config = resume_run(config)
-    index = DatasetIndex(config.loader.dataset)
+    index = DatasetIndex(config.loader.dataset, config.loader.storage)
     torch.manual_seed(config.seed)  # every rank starts from the same weights
     inputs = ModelInputs(index, config.loader.inputs)
     world_model = build_world_model(config.model, inputs)
@@ -128,7 +130,7 @@ def start_from(world_model: ObservationSpaceWorldModel, folder: Path, index: Dat
     elif index.info.codec.name != "wan":
         raise UserError(
             f"pretrained={folder} is read as a Wan checkpoint, and those know the latents of Wan's VAE alone, but "
-            f"{index.path} was encoded with codec {index.info.codec.name}; build the dataset with codec.kind=wan."
+            f"{index.address} was encoded with codec {index.info.codec.name}; build the dataset with codec.kind=wan."
         )
     else:
         load_wan(world_model.video, folder)

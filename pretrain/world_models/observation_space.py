@@ -274,23 +274,23 @@ def resolve(config: ObservationSpaceConfig, inputs: ModelInputs) -> ObservationS
     if video.in_channels not in (channels, image_to_video) or video.out_channels != channels:
         raise UserError(
             f"model.video.in_channels={video.in_channels} and out_channels={video.out_channels}, but the latents in "
-            f"{dataset.path} have {channels} channels; set both to {channels}, or in_channels to {image_to_video} for "
-            "an image-to-video model."
+            f"{dataset.address} have {channels} channels; set both to {channels}, or in_channels to {image_to_video} "
+            "for an image-to-video model."
         )
     if height % video.patch_size[1] or width % video.patch_size[2]:
         raise UserError(
             f"model.video.patch_size={list(video.patch_size)} does not divide the {height}x{width} latents of "
-            f"{dataset.path}; choose divisors of both."
+            f"{dataset.address}; choose divisors of both."
         )
     if frames <= config.context_latent_frames:
         raise UserError(
             f"model.context_latent_frames={config.context_latent_frames} leaves nothing to predict: the clips of "
-            f"{dataset.path} are shown with {frames} latent frames."
+            f"{dataset.address} are shown with {frames} latent frames."
         )
     if config.context_latent_frames % video.patch_size[0] or frames % video.patch_size[0]:
         raise UserError(
             f"model.video.patch_size={list(video.patch_size)} does not divide the {config.context_latent_frames} "
-            f"context frames and the {frames} latent frames of the clips in {dataset.path}; let it begin with 1."
+            f"context frames and the {frames} latent frames of the clips in {dataset.address}; let it begin with 1."
         )
     action_dim = max(dataset.action_dim, 1)  # batches are at least so wide, see `data_pipeline.clips`
     for name, given, found in (
@@ -300,7 +300,7 @@ def resolve(config: ObservationSpaceConfig, inputs: ModelInputs) -> ObservationS
     ):
         if given not in (None, found):
             raise UserError(
-                f"model.{name}={given}, but in {dataset.path} it is {found}; set it to {found}, or choose a dataset "
+                f"model.{name}={given}, but in {dataset.address} it is {found}; set it to {found}, or choose a dataset "
                 "that fits the model."
             )
     return config.model_copy(

@@ -15,7 +15,7 @@ from data_pipeline.shards import (
     ShardWriter,
     TarWriter,
     index_path,
-    read_index,
+    parse_index,
     read_records,
     tar_records,
     write_atomic,
@@ -75,7 +75,7 @@ def test_every_sample_is_one_ranged_read(tmp_path):
 
 def test_the_index_holds_starts_and_the_end(tmp_path):
     locations = write(tmp_path, max_bytes=10**6)
-    index = read_index(index_path(tmp_path / locations[0].shard))
+    index = parse_index(index_path(tmp_path / locations[0].shard).read_bytes())
     assert index.dtype == np.dtype("<u8")
     assert index.tolist() == [location.offset for location in locations] + [
         locations[-1].offset + locations[-1].num_bytes

@@ -66,6 +66,7 @@ class TinyBatches:
         share = BATCH // world_size
         self._part = slice(rank * share, (rank + 1) * share)
         self.bad_samples: Counter[str] = Counter()
+        self.traffic: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         while True:
