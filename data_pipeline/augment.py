@@ -68,6 +68,7 @@ class Augmentation:
     def __init__(self, inputs: ModelInputs, config: AugmentConfig) -> None:
         self._inputs, self._config = inputs, config
         self._weights = self._cumulative_weights()
+        self._draws = config != AugmentConfig() or self._weights is not None
         _known_views("view_dropout", config.view_dropout, inputs)
         span = (inputs.num_frames - 1) * config.speed[1]
         if span > inputs.dataset.num_frames - 1:
@@ -81,7 +82,7 @@ class Augmentation:
     def draw(self, place: Place | None, num_frames: int) -> Shown:
         """Of a sample of so many frames; without a place nothing is drawn."""
         inputs, config = self._inputs, self._config
-        if place is None:
+        if place is None or not self._draws:
             return Shown(0, 1.0, inputs.shown, (True,) * len(inputs.shown))
         for_speed, for_start, for_view, *for_dropout = _uniforms(place, 3 + inputs.layout.num_views).tolist()
         slowest, fastest = config.speed
