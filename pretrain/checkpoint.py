@@ -1,41 +1,63 @@
 """Checkpoints: a folder that is there whole or not at all, and resumes a run exactly.
 
     checkpoints/step_00001000/
-      model.safetensors  ema.safetensors    whole float32 weights: all that later stages read, with model.yaml
-      engine/                               optimizer states and shards, in the engine's own format
-      state.json                            step, seed, samples seen, skipped steps, the caller's further entries
-      checksums.json                        size and sha256 of every file above
-      COMPLETE                              sha256 of checksums.json, written last
+      weights_00000.safetensors …   what each rank has of weights, average and optimizer (`pretrain.checkpoint_files`)
+      state.json                    step, skipped steps, data cursor: the caller's entries
+      model.yaml                    and other small texts of the caller's
+      checksums.json                size and sha256 of every file above
+      COMPLETE                      sha256 of checksums.json, written last
 
-It is written under a temporary name beside its place, synced to disk and renamed, so a kill at any moment leaves the
-checkpoints before it as they were. No random-generator state is stored: every step seeds its own (`pretrain.run`).
+A save copies the numbers to the CPU's memory; threads write them while training goes on, every rank its own. Once all
+have, the folder, which has a temporary name until then, is synced, sealed and renamed where a step ends: a kill at any
+moment leaves the checkpoints before it as they were. No random-generator state is stored: every step seeds its own
+(`pretrain.draws`).
 """
 
 import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from configs.loader import UserError
 
+from .checkpoint_files import (
+    AVERAGE,
+    BUFFERS,
+    LAYOUT,
+    WEIGHTS,
+    CheckpointWeights,
+    PartFiles,
+    part_file,
+    part_kinds,
+    read_layout,
+    write_parts,
+)
 from .ema import ExponentialMovingAverage
 from .engine import Engine
+from .weights import differences, write_shards
 
-WEIGHTS, EMA_WEIGHTS = "model.safetensors", "ema.safetensors"
+CHECKPOINTS = "checkpoints"
 STATE, CHECKSUMS, COMPLETE = "state.json", "checksums.json", "COMPLETE"
-CHECKPOINTS, ENGINE_FOLDER = "checkpoints", "engine"
-TEMPORARY = ".tmp-"
+TEMPORARY, DAMAGED = ".tmp-", "damaged_"
+EXPORT_STEM, EXPORT_SHARD_BYTES = "model", 10 * 10**9
+
+logger = logging.getLogger(__name__)
+
+Checksums = dict[str, dict[str, Any]]
+REFUSALS = (OSError, SafetensorError, UserError)  # what a disk or a damaged file answers with
 
 
-# --- find, check, read --------------------------------------------------------------------------------------------
+# --- find and check -----------------------------------------------------------------------------------------------
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
@@ -43,13 +65,13 @@ def find_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*") if (path / COMPLETE).is_file())
 
 
-def verify_checkpoint(path: Path) -> None:
-    """Compares every file with its checksum; raises a `UserError` that names the first one that differs."""
+def verify_checkpoint(path: Path, rank: int = 0, world_size: int = 1) -> None:
+    """Compares the rank-th of equal parts of the files with their checksums; a `UserError` names one that differs."""
     text = (path / CHECKSUMS).read_bytes() if (path / CHECKSUMS).is_file() else b""
     if hashlib.sha256(text).hexdigest().encode() != (path / COMPLETE).read_bytes().strip():
         raise _damaged(path, CHECKSUMS, "is missing or does not match COMPLETE")
-    expected: dict[str, dict[str, Any]] = json.loads(text)
-    for name, promise in expected.items():
+    expected: Checksums = json.loads(text)
+    for name, promise in sorted(expected.items())[rank::world_size]:
         if not (path / name).is_file():
             raise _damaged(path, name, "is missing")
         size = (path / name).stat().st_size
@@ -57,150 +79,250 @@ def verify_checkpoint(path: Path) -> None:
             raise _damaged(path, name, f"has {size} bytes instead of {promise['bytes']}")
         if _sha256(path / name) != promise["sha256"]:
             raise _damaged(path, name, "does not match its checksum")
-    # An engine may open whatever lies in its folder, pickles included, so nothing else may lie there.
-    for found in _files(path / ENGINE_FOLDER):
-        if found.relative_to(path).as_posix() not in expected:
-            raise _damaged(path, found.relative_to(path).as_posix(), "was not written by the run")
+    for found in path.iterdir():  # parts are found by their names
+        if found.name not in expected.keys() | {CHECKSUMS, COMPLETE}:
+            raise _damaged(path, found.name, "was not written by the run")
 
 
-def load_checkpoint(folder: Path, engine: Engine, ema: ExponentialMovingAverage) -> dict[str, Any] | None:
-    """Restores the newest complete checkpoint and returns its state, or None where there is none yet. Collective."""
-    # One rank reads all the bytes and the others take its word: a folder that several machines share is read once.
-    checkpoints = find_checkpoints(folder)
-    problem: UserError | None = None
-    if engine.is_main and checkpoints:
-        try:
-            verify_checkpoint(checkpoints[-1])
-        except UserError as error:
-            problem = error
-    if engine.any_rank(problem is not None):
-        raise problem or UserError(f"{checkpoints[-1]}: is damaged, rank 0 says how.")
-    if not checkpoints:
+# --- a run's checkpoints ------------------------------------------------------------------------------------------
+
+
+class Checkpoints:
+    """Saves and restores a run. All methods are collective; errors are `UserError`s, raised on every rank."""
+
+    def __init__(self, folder: Path, engine: Engine, *, keep_last: int, keep_every: int | None = None) -> None:
+        self.folder = folder
+        self._engine = engine
+        self._keep_last, self._keep_every = keep_last, keep_every
+        self._copies: dict[str, Tensor] = {}  # kept from save to save
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[Checksums] | None = None
+        self._step = 0  # of the checkpoint that is being written
+
+    @property
+    def newest(self) -> Path:
+        return find_checkpoints(self.folder)[-1]
+
+    # Restore
+
+    def load(self, ema: ExponentialMovingAverage) -> dict[str, Any] | None:
+        """Restores the newest checkpoint that is not damaged and returns its state; None where there is none yet."""
+        checkpoints = find_checkpoints(self.folder)
+        self._engine.barrier()  # all ranks have looked before one of them moves a folder away
+        for path in reversed(checkpoints):
+            if self._is_whole(path):
+                self._read(path, ema)
+                return json.loads((path / STATE).read_text())
+        if checkpoints:
+            raise UserError(
+                f"{self.folder}: each of the {len(checkpoints)} checkpoints is damaged; restore one, or choose another "
+                "run_dir."
+            )
         return None
-    engine.load(checkpoints[-1] / ENGINE_FOLDER)
-    ema.restore(read_weights(checkpoints[-1] / EMA_WEIGHTS))
-    return json.loads((checkpoints[-1] / STATE).read_text())
 
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Weights by name, from a safetensors file that a checkpoint or an export holds."""
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; give the path of a checkpoint's or an export's weights.") from None
-    except SafetensorError as error:
-        raise UserError(f"{path}: is not a readable safetensors file ({error}); write or copy it again.") from None
-
-
-# --- write --------------------------------------------------------------------------------------------------------
-
-
-def save_checkpoint(
-    folder: Path,
-    engine: Engine,
-    ema: ExponentialMovingAverage,
-    state: Mapping[str, Any],
-    *,
-    texts: Mapping[str, str],
-    keep_last: int,
-) -> Path:
-    """Writes `step_<state["step"]>` with all ranks, then drops all but the newest `keep_last`. Collective.
-
-    `texts` are small files beside the weights, such as model.yaml, by name.
-    """
-    final = folder / f"step_{state['step']:08d}"
-    partial = folder / f"{TEMPORARY}{final.name}"
-    with _told_if_refused(final, partial):
+    def _is_whole(self, path: Path) -> bool:
+        """Every rank reads a part of the files. A damaged checkpoint is told, and moved out of the way."""
+        engine = self._engine
+        error = _attempt(lambda: verify_checkpoint(path, engine.rank, engine.world_size))
+        if error is not None:
+            logger.warning("%s", error)
+        if not engine.any_rank(error is not None):
+            return True
         if engine.is_main:
-            for leftover in folder.glob(f"{TEMPORARY}*"):
-                shutil.rmtree(leftover)
-            (partial / ENGINE_FOLDER).mkdir(parents=True)
+            target = path.with_name(f"{DAMAGED}{path.name}")
+            shutil.rmtree(target, ignore_errors=True)
+            path.rename(target)
+            logger.warning("%s is damaged: it is %s now, and the checkpoint before it is tried", path, target.name)
         engine.barrier()
-        engine.save(partial / ENGINE_FOLDER)
-        weights = engine.full_state_dict()
+        return False
+
+    def _read(self, path: Path, ema: ExponentialMovingAverage) -> None:
+        engine, layout = self._engine, _checked_layout(path, self._engine)
+        shards = engine.shards()
+
+        def read(kind: str, names: Iterable[str]) -> dict[str, Tensor]:
+            files = PartFiles(path, kind, engine.rank)
+            return {name: files.read(name, shards[name].start, shards[name].num) for name in names}
+
+        engine.assign_shards(read(WEIGHTS, shards))
+        engine.assign_buffers(load_file(path / BUFFERS))
+        ema.restore(read(AVERAGE, ema.average))
+        steps = layout["steps"]
+        engine.restore_optimizer(steps, {kind: read(kind, steps) for kind in part_kinds(path) - {WEIGHTS, AVERAGE}})
+        if layout["written_by"] != engine.layout:
+            logger.info(
+                "%s was written by %s and goes on under %s: with the same samples and noise, and the same losses up to "
+                "rounding",
+                *(path.name, layout["written_by"], engine.layout),
+            )
+
+    # Save
+
+    def save(self, ema: ExponentialMovingAverage, state: Mapping[str, Any], texts: Mapping[str, str]) -> None:
+        """Begins `step_<state["step"]>`, once the checkpoint before it is there. Training may go on meanwhile.
+
+        `texts` are small files beside the weights, such as model.yaml, by name.
+        """
+        self.settle(wait_for_it=True)
+        engine, self._step = self._engine, state["step"]
+        self._tell(_attempt(self._make_room) if engine.is_main else None)
+        shards = engine.shards()
+        parts = {WEIGHTS: {name: shard.values for name, shard in shards.items()}, AVERAGE: ema.average}
+        copies = self._copied({**parts, **engine.optimizer_states()})
+        files: dict[str, Callable[[Path], None]] = {
+            part_file(kind, engine.rank): _parts_writer(copies[kind], {name: shards[name].start for name in shards})
+            for kind in copies
+        }
         if engine.is_main:
-            write_weights(partial / WEIGHTS, weights)
-            write_weights(partial / EMA_WEIGHTS, {**weights, **ema.average})
-            (partial / STATE).write_text(json.dumps(dict(state), indent=1) + "\n")
-            for name, text in texts.items():
-                (partial / name).write_text(text)
-        engine.barrier()  # every rank's files are there
-        if engine.is_main:
-            _seal(partial)
-            _replace_folder(partial, final)
-            for old in find_checkpoints(folder)[:-keep_last]:
+            layout = {
+                "written_by": engine.layout,
+                "steps": engine.optimizer_steps(),
+                "tied": engine.tied,
+                "shapes": engine.shapes,
+            }
+            buffers = {name: value.detach().cpu().clone() for name, value in engine.buffers().items()}
+            files[BUFFERS] = lambda path: save_file(buffers, path)
+            small = {STATE: json.dumps(dict(state), indent=1) + "\n", LAYOUT: json.dumps(layout, indent=1) + "\n"}
+            files |= {name: _text_writer(text) for name, text in {**small, **texts}.items()}
+        self._writing = self._thread.submit(_write, self._partial, files)
+
+    def settle(self, wait_for_it: bool = False) -> None:
+        """Where a step ends: what all ranks have written by now becomes a checkpoint; what failed stops the run."""
+        if self._writing is None:
+            return
+        if wait_for_it:
+            wait([self._writing])
+        if self._engine.any_rank(not self._writing.done()):
+            return
+        writing, self._writing = self._writing, None
+        self._tell(writing.exception())
+        written = self._engine.ranks.gather(writing.result())
+        self._tell(_attempt(lambda: self._publish(written)) if self._engine.is_main else None)
+
+    def export(self, folder: Path, texts: Mapping[str, str], copies: Sequence[Path]) -> None:
+        """Exports the newest checkpoint, see `write_export`."""
+        error = _attempt(lambda: write_export(folder, self.newest, texts, copies)) if self._engine.is_main else None
+        if self._engine.any_rank(error is not None):
+            raise error or UserError(f"{folder}: cannot be written; rank 0 says why.")
+
+    @property
+    def _final(self) -> Path:
+        return self.folder / f"step_{self._step:08d}"
+
+    @property
+    def _partial(self) -> Path:
+        return self._final.with_name(f"{TEMPORARY}{self._final.name}")
+
+    def _make_room(self) -> None:
+        for leftover in self.folder.glob(f"{TEMPORARY}*"):
+            shutil.rmtree(leftover)
+        self._partial.mkdir(parents=True)
+
+    def _publish(self, written: Sequence[Checksums]) -> None:
+        _seal(self._partial, {name: sums for of_rank in written for name, sums in of_rank.items()})
+        _replace_folder(self._partial, self._final)
+        for old in find_checkpoints(self.folder)[: -self._keep_last]:
+            if not self._keep_every or _step_of(old) % self._keep_every:
                 _remove_checkpoint(old)
-        engine.barrier()
-    return final
+
+    def _copied(self, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """In the CPU's memory, where training does not reach them."""
+        copies: dict[str, dict[str, Tensor]] = {}
+        for kind, of_kind in parts.items():
+            copies[kind] = {}
+            for name, values in of_kind.items():
+                copy = self._copies.get(f"{kind}/{name}")
+                if copy is None:
+                    copy = torch.empty(values.shape, pin_memory=values.is_cuda)
+                    self._copies[f"{kind}/{name}"] = copy
+                copies[kind][name] = copy.copy_(values, non_blocking=True)
+        if self._engine.device.type == "cuda":
+            torch.cuda.synchronize()
+        return copies
+
+    def _tell(self, error: BaseException | None) -> None:
+        """Raises what went wrong on this rank or on another. What was half-written goes, all else stays."""
+        if error is not None and not isinstance(error, REFUSALS):
+            raise error
+        if not self._engine.any_rank(error is not None):
+            return
+        if self._engine.is_main:
+            shutil.rmtree(self._partial, ignore_errors=True)
+        raise _refused(self._final, error or RuntimeError("another rank could not write its part"))
 
 
-def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
-    """Safetensors. Tied weights are written under each of their names, so that every reader can load them strictly."""
-    storages: set[int] = set()
-    unshared = {}
-    for name, value in weights.items():
-        value = value.detach().cpu().contiguous()
-        is_shared = value.untyped_storage().data_ptr() in storages
-        storages.add(value.untyped_storage().data_ptr())
-        unshared[name] = value.clone() if is_shared else value
-    save_file(unshared, path, metadata={"format": "pt"})
+def _checked_layout(path: Path, engine: Engine) -> dict[str, Any]:
+    if not (path / LAYOUT).is_file():
+        raise UserError(
+            f"{path}: was written by an older version, in a format that is not read any more; go on with that version, "
+            "or choose another run_dir."
+        )
+    layout = read_layout(path)
+    problem = differences(engine.shapes, {name: tuple(shape) for name, shape in layout["shapes"].items()})
+    if problem:
+        raise UserError(
+            f"{path}: is of another model than this config's: {problem}; use the config that the run was started with, "
+            "or choose another run_dir."
+        )
+    return layout
 
 
-def write_export(
-    folder: Path, engine: Engine, ema: ExponentialMovingAverage, texts: Mapping[str, str], copies: Sequence[Path]
-) -> None:
-    """The averaged weights in a folder that stands on its own: with small text files, and copies of the files and
-    folders that are needed to use them, where those exist. Collective.
+# --- export -------------------------------------------------------------------------------------------------------
+
+
+def write_export(folder: Path, checkpoint: Path, texts: Mapping[str, str], copies: Sequence[Path]) -> None:
+    """The averaged weights of a checkpoint in a folder that stands on its own: with small text files, and copies of the
+    files and folders that are needed to use them, where those exist.
     """
-    weights = {**engine.full_state_dict(), **ema.average}
     partial = folder.with_name(f"{TEMPORARY}{folder.name}")
-    with _told_if_refused(folder, partial):
-        if engine.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            write_weights(partial / WEIGHTS, weights)
-            for name, text in texts.items():
-                (partial / name).write_text(text)
-            for source in copies:
-                if source.is_dir():
-                    shutil.copytree(source, partial / source.name)
-                elif source.is_file():
-                    shutil.copy(source, partial / source.name)
-            _sync_tree(partial)
-            _replace_folder(partial, folder)
-        engine.barrier()
-
-
-@contextmanager
-def _told_if_refused(final: Path, partial: Path) -> Iterator[None]:
-    """One sentence where the disk refuses. What was half-written goes, what was there before stays."""
     try:
-        yield
-        return
-    except (OSError, SafetensorError) as error:
-        reason = (isinstance(error, OSError) and error.strerror) or str(error)
-    except RuntimeError as error:
-        if "inline_container" in str(error):  # all that torch says, whose archives DeepSpeed writes
-            reason = "the disk is full or fails"
-        elif "Connection closed by peer" in str(error):
-            reason = "another rank ended in the middle of it"
-        else:
-            raise
-    shutil.rmtree(partial, ignore_errors=True)
-    raise UserError(
-        f"{final}: cannot be written ({reason}); see to the disk's space and permissions, then start the same command "
-        "again: it goes on from the newest checkpoint that is there."
-    )
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        weights = CheckpointWeights(checkpoint, averaged=True)
+        write_shards(partial, EXPORT_STEM, weights.shapes, weights.read, EXPORT_SHARD_BYTES, torch.float32)
+        for name, text in texts.items():
+            (partial / name).write_text(text)
+        for source in copies:
+            if source.is_dir():
+                shutil.copytree(source, partial / source.name)
+            elif source.is_file():
+                shutil.copy(source, partial / source.name)
+        _sync_tree(partial)
+        _replace_folder(partial, folder)
+    except REFUSALS as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise _refused(folder, error) from None
 
 
-def _seal(folder: Path) -> None:
-    """Checksums over everything, then COMPLETE, each on the disk before the next."""
-    names = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
-    checksums = {name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for name, path in names.items()}
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+def _write(folder: Path, files: Mapping[str, Callable[[Path], None]]) -> Checksums:
+    """Writes each file and brings it to the disk."""
+    sums: Checksums = {}
+    for name, write in files.items():
+        write(folder / name)
+        _sync(folder / name)
+        sums[name] = {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+    return sums
+
+
+def _parts_writer(parts: Mapping[str, Tensor], starts: Mapping[str, int]) -> Callable[[Path], None]:
+    return lambda path: write_parts(path, parts, starts)
+
+
+def _text_writer(text: str) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        path.write_text(text)
+
+    return write
+
+
+def _seal(folder: Path, checksums: Checksums) -> None:
+    """Checksums, then COMPLETE, each on the disk before the next."""
     (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=1) + "\n")
-    _sync_tree(folder)
+    _sync(folder / CHECKSUMS)
+    _sync(folder)
     (folder / COMPLETE).write_text(_sha256(folder / CHECKSUMS) + "\n")
     _sync(folder / COMPLETE)
     _sync(folder)
@@ -218,15 +340,29 @@ def _remove_checkpoint(path: Path) -> None:
     shutil.rmtree(path)
 
 
-def _damaged(path: Path, name: str, what: str) -> UserError:
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def _attempt(work: Callable[[], None]) -> Exception | None:
+    """What went wrong, for ranks to agree on."""
+    try:
+        work()
+    except REFUSALS as error:
+        return error
+    return None
+
+
+def _refused(final: Path, error: BaseException) -> UserError:
+    reason = (isinstance(error, OSError) and error.strerror) or str(error)
     return UserError(
-        f"{path / name}: {what}, so this checkpoint cannot be trusted; delete the folder {path} to resume from the "
-        f"checkpoint before it."
+        f"{final}: cannot be written ({reason}); see to the disk's space and permissions, then start the same command "
+        "again: it goes on from the newest checkpoint that is there."
     )
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+def _damaged(path: Path, name: str, what: str) -> UserError:
+    return UserError(f"{path / name}: {what}, so this checkpoint cannot be trusted; restore the file, or use another.")
 
 
 def _sha256(path: Path) -> str:

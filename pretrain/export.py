@@ -21,8 +21,9 @@ from configs.loader import StrictConfig, UserError, load_config, run_command
 from data_pipeline.dataset import DatasetFolder
 from data_pipeline.dataset_index import DatasetIndex
 
-from .checkpoint import CHECKPOINTS, EMA_WEIGHTS, WEIGHTS, find_checkpoints, verify_checkpoint
-from .exported import ADDED_WEIGHTS, MODEL_YAML, VIDEO, WorldModelConfig, load_model_config
+from .checkpoint import CHECKPOINTS, find_checkpoints, verify_checkpoint
+from .checkpoint_files import CheckpointWeights
+from .exported import ADDED_WEIGHTS, MODEL_YAML, VIDEO, WEIGHTS, WorldModelConfig, load_model_config
 from .run import CONFIG_FILE
 from .train import PretrainConfig, export_files
 from .wan_folder import STEM, write_wan_config
@@ -46,8 +47,7 @@ class ExportConfig(StrictConfig):
 def main(config: ExportConfig) -> None:
     source = _weights_folder(config.checkpoint)
     model = load_model_config(source, WorldModelConfig)
-    is_average = config.weights == "averaged" and source.parent.name == CHECKPOINTS
-    files = WeightFiles(source, Path(EMA_WEIGHTS if is_average else WEIGHTS).stem)
+    files = _weights(source, config.weights == "averaged")
     video = f"{VIDEO}."
     wan = {name.removeprefix(video): shape for name, shape in files.shapes.items() if name.startswith(video)}
     added = {name: shape for name, shape in files.shapes.items() if not name.startswith(video)}
@@ -76,6 +76,12 @@ def _weights_folder(given: Path) -> Path:
     if found.parent.name == CHECKPOINTS:
         verify_checkpoint(found)
     return found
+
+
+def _weights(source: Path, averaged: bool) -> WeightFiles | CheckpointWeights:
+    if source.parent.name != CHECKPOINTS:
+        return WeightFiles(source, Path(WEIGHTS).stem)
+    return CheckpointWeights(source, averaged)
 
 
 def _dataset_folder(source: Path) -> DatasetFolder:

@@ -11,6 +11,7 @@ holds: a run that was killed and started again takes the very steps that it woul
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +29,7 @@ from data_pipeline.model_inputs import ModelInputs
 from data_pipeline.sample_order import Cursor
 from data_pipeline.storage import StorageConfig
 
-from .checkpoint import CHECKPOINTS, find_checkpoints, load_checkpoint, save_checkpoint, write_export
+from .checkpoint import CHECKPOINTS, Checkpoints, find_checkpoints
 from .draws import seed_layers
 from .ema import ExponentialMovingAverage
 from .engine import Engine, EngineConfig, OptimizerConfig, create_engine, learning_rate
@@ -72,6 +73,9 @@ class TrainConfig(StrictConfig):
     ema_decay: float = Field(0.999, ge=0, lt=1, description="of the averaged weights, which are what is exported")
     checkpoint_every: int = Field(500, gt=0, description="steps between checkpoints")
     keep_last: int = Field(2, gt=0, description="newest checkpoints to keep")
+    keep_every: int | None = Field(
+        None, gt=0, description="checkpoints whose step is a multiple of this are kept for good; null: none are"
+    )
     validate_every: int = Field(500, gt=0, description="steps between losses on the validation split")
     validation_batches: int = Field(4, gt=0, description="global batches of a validation loss, always the same ones")
     log_every: int = Field(10, gt=0, description="steps between rows of metrics.jsonl")
@@ -86,11 +90,13 @@ class PretrainConfig(TrainConfig):
     )
 
 
-# A resumed run may differ in these: they leave the losses as they are.
+# A resumed run may differ in these: they leave the losses as they are, those of `engine` up to rounding.
 MAY_CHANGE = frozenset(
-    {"run_dir", "num_steps", "checkpoint_every", "keep_last", "validate_every", "validation_batches", "log_every"}
+    {"run_dir", "num_steps", "checkpoint_every", "keep_last", "keep_every"}
+    | {"validate_every", "validation_batches", "log_every"}
     | {"loader.num_workers", "loader.prefetch_factor", "loader.check_sha256", "loader.max_bad_fraction"}
     | {f"loader.storage.{name}" for name in StorageConfig.model_fields}
+    | {"engine.kind", "engine.zero_stage", "engine.sharding", "engine.sequence_parallel", "engine.grad_accum_steps"}
     | {"engine.timeout_s"}
 )
 
@@ -176,8 +182,10 @@ def train(
         write_config(config.run_dir, config.model_copy(update={"engine": settled}))
     engine.barrier()
     ema = ExponentialMovingAverage(engine, config.ema_decay)
-    checkpoints = config.run_dir / CHECKPOINTS
-    state = resume(checkpoints, engine, ema, config.num_steps)
+    checkpoints = Checkpoints(
+        config.run_dir / CHECKPOINTS, engine, keep_last=config.keep_last, keep_every=config.keep_every
+    )
+    state = resume(checkpoints, ema, config.num_steps)
     log_start(engine, state, config)
     metrics = MetricsLog(config.run_dir / "metrics.jsonl", state.step, engine.is_main)
     progress = Progress(config.num_steps, engine.is_main)
@@ -185,7 +193,7 @@ def train(
     batches = open_batches("train", engine.data_rank, engine.data_world_size, Cursor.model_validate(state.cursor))
     if batches is None:
         raise UserError(f"{config.loader.dataset}: its train split holds nothing to train on.")
-    reading = iter(batches)
+    reading, texts = iter(batches), {"model.yaml": model_yaml}
 
     while state.step < config.num_steps:
         step = state.step + 1
@@ -213,15 +221,15 @@ def train(
             timer.restart()
         is_stopping = engine.any_rank(stop.requested)
         if step % config.checkpoint_every == 0 or is_last or is_stopping:
-            texts = {"model.yaml": model_yaml}
-            save_checkpoint(checkpoints, engine, ema, asdict(state), texts=texts, keep_last=config.keep_last)
+            checkpoints.save(ema, asdict(state), texts)
             timer.restart()
+        checkpoints.settle(wait_for_it=is_last or is_stopping)
         if is_stopping and not is_last:
             logger.info("stopped on request after step %d; start the same command again to go on", step)
             return EXIT_STOPPED
 
     progress.finish()
-    write_export(config.run_dir / "export", engine, ema, {"model.yaml": model_yaml}, export_with)
+    checkpoints.export(config.run_dir / "export", texts, export_with)
     logger.info("exported to %s", config.run_dir / "export")
     metrics.close()
     engine.close()
@@ -235,19 +243,19 @@ def validate(
     return validation_row(engine, ema, batches, num_batches=config.validation_batches, seed=config.seed, step=step)
 
 
-def resume(checkpoints: Path, engine: Engine, ema: ExponentialMovingAverage, num_steps: int) -> TrainState:
-    stored = load_checkpoint(checkpoints, engine, ema)
+def resume(checkpoints: Checkpoints, ema: ExponentialMovingAverage, num_steps: int) -> TrainState:
+    stored = checkpoints.load(ema)
     state = TrainState() if stored is None else TrainState(**stored)
     if state.step > num_steps:
         raise UserError(
-            f"num_steps is {num_steps}, but {checkpoints.parent} has {state.step} already; set num_steps to at least "
-            "that, or choose another run_dir."
+            f"num_steps is {num_steps}, but {checkpoints.folder.parent} has {state.step} already; set num_steps to at "
+            "least that, or choose another run_dir."
         )
     return state
 
 
 def log_start(engine: Engine, state: TrainState, config: TrainConfig) -> None:
-    size = sum(parameter.numel() for parameter in engine.full_parameters().values())
+    size = sum(math.prod(shape) for shape in engine.shapes.values())
     logger.info(
         "%s on %d %s rank(s), %s, %.2f M parameters, from step %d to %d in %s",
         *(config.engine.kind, engine.world_size, engine.device.type, engine.precision, size / 1e6),

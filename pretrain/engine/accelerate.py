@@ -1,21 +1,16 @@
-"""The accelerate engine: one process, DDP, or FSDP2; the same losses as DeepSpeed's up to rounding.
-
-Its checkpoint files are safetensors. Replicated weights are written once and resume on any number of ranks; FSDP2
-shards are written by every rank and resume on as many.
-"""
+"""The accelerate engine: one process, DDP, or FSDP2; the same losses as DeepSpeed's up to rounding."""
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..draws import SampleDraws
 from ..world_models.base import LossTerms
 from .base import Engine, EngineConfig, StepReport
 from .optimizer import OptimizerConfig, build_optimizer, set_learning_rate
+from .shards import STEP, Shard, share
 
 
 class AccelerateEngine(Engine):
@@ -58,63 +53,44 @@ class AccelerateEngine(Engine):
         self._expect_whole_step()
         set_learning_rate(self._optimizer, learning_rate)
         # The norm is over all ranks' gradients, so that all of them see the same number and skip together.
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.max_grad_norm)
-        grad_norm = float(_whole(norm))
+        norm: Any = nn.utils.clip_grad_norm_(self.module.parameters(), self.max_grad_norm)
+        grad_norm = float(norm.full_tensor() if self.is_sharded else norm)
         is_finite = bool(torch.tensor(grad_norm).isfinite())
         if is_finite:
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return StepReport(grad_norm if is_finite else float("inf"), is_finite, learning_rate)
 
-    # Under FSDP2 a parameter is a DTensor, one shard of it here -------------------------------------------------------
+    # Weights and optimizer states ---------------------------------------------------------------------------------
 
-    def full_parameters(self) -> dict[str, Tensor]:
-        return {name: _whole(parameter.detach()) for name, parameter in super().full_parameters().items()}
+    @property
+    def layout(self) -> str:
+        return f"accelerate ({'FSDP2' if self.is_sharded else 'DDP'}) on {self.world_size} rank(s)"
 
-    @torch.no_grad()
-    def assign_parameters(self, values: Mapping[str, Tensor]) -> None:
-        for name, parameter in self.module.named_parameters(remove_duplicate=False):
-            _local(parameter).copy_(_local(_sharded_like(parameter, values[name])))
+    def shards(self) -> dict[str, Shard]:
+        return {name: self._shard_of(parameter) for name, parameter in self.module.named_parameters()}
 
-    # Checkpoints ----------------------------------------------------------------------------------------------------
+    def _shard_of(self, parameter: nn.Parameter) -> Shard:
+        if not self.is_sharded:
+            start, num = share(parameter.numel(), self.rank, self.world_size)
+            return Shard(start, num, parameter, start, parameter.requires_grad)
+        # FSDP2 cuts the first axis into equal parts.
+        rows = parameter.shape[0] if parameter.ndim else 1
+        first_row, num_rows = share(rows, self.rank, self.world_size)
+        row = parameter.numel() // max(rows, 1)
+        return Shard(first_row * row, num_rows * row, parameter, 0, parameter.requires_grad)
 
-    def _layout(self) -> dict[str, Any]:
-        layout: dict[str, Any] = {"engine.kind": "accelerate", "engine.sharding": "fsdp2" if self.is_sharded else "ddp"}
-        return {**layout, "number of ranks": self.world_size} if self.is_sharded else layout
+    def _spread(self) -> None:
+        if not self.is_sharded:
+            self.ranks.gather_shares(self.module.parameters())
 
-    def _file(self, folder: Path) -> Path:
-        return folder / f"rank_{self.rank if self.is_sharded else 0:05d}.safetensors"
-
-    def _save_states(self, folder: Path) -> None:
-        if not (self.is_sharded or self.is_main):
-            return
-        tensors = {f"weights/{name}": _local(value.detach()) for name, value in self.module.state_dict().items()}
-        for name, parameter in self._trained_parameters().items():
-            for key, value in self._optimizer.state[parameter].items():
-                tensors[f"optimizer/{name}/{key}"] = _local(value.detach())
-        # Tied weights share memory, which safetensors refuses.
-        save_file({name: value.clone().contiguous() for name, value in tensors.items()}, self._file(folder))
-
-    @torch.no_grad()
-    def _load_states(self, folder: Path) -> None:
-        tensors = load_file(self._file(folder), device=str(self.device))
-        for name, value in self.module.state_dict().items():
-            _local(value).copy_(tensors[f"weights/{name}"])
-        for name, parameter in self._trained_parameters().items():
-            prefix = f"optimizer/{name}/"
-            states = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            self._optimizer.state[parameter] = {
-                key: value if key == "step" else _from_local(parameter, value) for key, value in states.items()
-            }
-
-    def _trained_parameters(self) -> dict[str, nn.Parameter]:
-        return {name: parameter for name, parameter in self.module.named_parameters() if parameter.requires_grad}
+    def _spread_optimizer(self) -> None:
+        if not self.is_sharded:
+            for states in self._optimizer.state.values():
+                self.ranks.gather_shares(state for key, state in states.items() if key != STEP)
 
     def close(self) -> None:
         self._accelerator.free_memory()
-
-
-# A DTensor as its local shard or whole, and back; any other tensor passes through -----------------------------------
 
 
 def _shard(module: nn.Module, device: torch.device, world_size: int) -> None:
@@ -137,32 +113,3 @@ def _shard(module: nn.Module, device: torch.device, world_size: int) -> None:
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
         yield from child if isinstance(child, nn.ModuleList) else _blocks(child)
-
-
-def _is_sharded(tensor: Any) -> bool:
-    return hasattr(tensor, "to_local")
-
-
-def _local(tensor: Any) -> Tensor:
-    return tensor.to_local() if _is_sharded(tensor) else tensor
-
-
-def _whole(tensor: Any) -> Tensor:
-    return tensor.full_tensor() if _is_sharded(tensor) else tensor
-
-
-def _sharded_like(parameter: Any, whole: Tensor) -> Tensor:
-    if not _is_sharded(parameter):
-        return whole
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(whole, parameter.device_mesh, parameter.placements)
-
-
-def _from_local(parameter: Any, local: Tensor) -> Tensor:
-    if not _is_sharded(parameter):
-        return local
-    from torch.distributed.tensor import DTensor
-
-    mesh, placements = parameter.device_mesh, parameter.placements
-    return DTensor.from_local(local, mesh, placements, shape=parameter.shape, stride=parameter.stride())

@@ -5,26 +5,23 @@ engine on any number of ranks takes the step that one process would take on the 
 sequence have the same slice.
 """
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from configs.loader import StrictConfig, UserError
+from configs.loader import StrictConfig
 
 from ..draws import SampleDraws
 from ..world_models.base import LossTerms
 from .ranks import join_ranks, resolve_precision
 from .sequence_parallel import split_sequence
-
-LAYOUT_FILE = "layout.json"
+from .shards import STEP, Shard, make_optimizer_states, optimizer_states
 
 
 class EngineConfig(StrictConfig):
@@ -71,9 +68,11 @@ class LossModule(nn.Module):
 class Engine(ABC):
     """A step is `grad_accum_steps` times forward_loss and backward, then `step`, called alike on every rank.
 
-    `module` is the world model itself, unwrapped. Under ZeRO-3 and FSDP2 its parameters are shards: read and write them
-    through `full_parameters` and `assign_parameters`, and compute losses through `forward_loss`, in validation too.
+    `module` is the world model itself, unwrapped. Its parameters may lie in parts on several ranks: read and write them
+    through `shards` and `assign_shards`, and compute losses through `forward_loss`, in validation too.
     """
+
+    _optimizer: torch.optim.Optimizer
 
     def __init__(self, config: EngineConfig, module: nn.Module) -> None:
         self.ranks = join_ranks(config.device, config.timeout_s)
@@ -85,6 +84,12 @@ class Engine(ABC):
         self.sequence_parallel = config.sequence_parallel
         split_sequence(module, self.ranks, self.sequence_parallel, config.timeout_s)
         self._loss_module = LossModule(self.module)
+        names: dict[int, str] = {}
+        everywhere = list(module.named_parameters(remove_duplicate=False))
+        first_names = {name: names.setdefault(id(parameter), name) for name, parameter in everywhere}
+        self.shapes = {name: tuple(value.shape) for name, value in everywhere if first_names[name] == name}
+        self.tied = {name: first for name, first in first_names.items() if name != first}
+        self._buffer_names = module.state_dict().keys() - first_names.keys()
         self._micro_step = 0  # backward passes since the last step
 
     # Ranks that share a sequence are one reader of data: they get the same samples and draw the same noise.
@@ -96,6 +101,11 @@ class Engine(ABC):
     @property
     def data_world_size(self) -> int:
         return self.world_size // self.sequence_parallel
+
+    @property
+    @abstractmethod
+    def layout(self) -> str:
+        """How weights and states lie on the ranks, in words: runs with the same layout continue to the last digit."""
 
     @property
     def is_main(self) -> bool:
@@ -137,52 +147,60 @@ class Engine(ABC):
             raise RuntimeError(f"step after {self._micro_step} backward passes, expected {self.grad_accum_steps}")
         self._micro_step = 0
 
-    # Weights ------------------------------------------------------------------------------------------------------
+    # Weights and optimizer states ---------------------------------------------------------------------------------
 
-    def full_parameters(self) -> dict[str, Tensor]:
-        """Every parameter, whole, by name. Collective. Where nothing is sharded these are the live parameters."""
-        return dict(self.module.named_parameters(remove_duplicate=False))
+    @abstractmethod
+    def shards(self) -> dict[str, Shard]:
+        """This rank's part, which may be empty, of every parameter. One with several names has its first one here."""
+
+    @abstractmethod
+    def _spread(self) -> None:
+        """Makes what all ranks' shards hold the weights that every rank computes with. Collective."""
 
     @torch.no_grad()
-    def assign_parameters(self, values: Mapping[str, Tensor]) -> None:
-        """Writes whole parameters, the same on every rank, into the live ones. Collective."""
-        for name, parameter in self.module.named_parameters(remove_duplicate=False):
-            parameter.copy_(values[name])
+    def assign_shards(self, values: Mapping[str, Tensor]) -> None:
+        """Writes this rank's part of some parameters, the same ones on every rank. Collective."""
+        shards = self.shards()
+        for name, value in values.items():
+            shards[name].values.copy_(value)
+        self._spread()
 
-    def full_state_dict(self) -> dict[str, Tensor]:
-        """What `module.state_dict()` would hold if nothing were sharded. Collective."""
-        parameters = self.full_parameters()
-        buffers = {name: value for name, value in self.module.state_dict().items() if name not in parameters}
-        return {name: value.detach() for name, value in {**parameters, **buffers}.items()}
+    def optimizer_steps(self) -> dict[str, float]:
+        """Updates so far of each trained parameter, on every rank; empty before the first."""
+        states = {name: self._optimizer.state.get(shard.holder, {}) for name, shard in self.shards().items()}
+        return {name: float(state[STEP]) for name, state in states.items() if STEP in state}
 
-    # Checkpoints --------------------------------------------------------------------------------------------------
+    def optimizer_states(self) -> dict[str, dict[str, Tensor]]:
+        """This rank's part of the states, live: key (AdamW: exp_avg, exp_avg_sq) -> parameter's name -> numbers."""
+        states: dict[str, dict[str, Tensor]] = {}
+        for key, name, values in optimizer_states(self._optimizer, self.shards()):
+            states.setdefault(key, {})[name] = values
+        return states
 
-    def save(self, folder: Path) -> None:
-        """Writes all that an exact resume needs into an existing folder, each rank its own files. Collective."""
-        if self.is_main:
-            (folder / LAYOUT_FILE).write_text(json.dumps(self._layout(), indent=1) + "\n")
-        self._save_states(folder)
+    @torch.no_grad()
+    def restore_optimizer(self, steps: Mapping[str, float], states: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Takes back what `optimizer_steps` and `optimizer_states` gave, on however many ranks. Collective."""
+        shards = self.shards()
+        holders = {id(shards[name].holder): (shards[name].holder, step) for name, step in steps.items()}
+        for holder, step in holders.values():
+            make_optimizer_states(self._optimizer, holder, set(states), step)
+        for key, of_parameters in states.items():
+            for name, value in of_parameters.items():
+                shards[name].part_of(self._optimizer.state[shards[name].holder][key]).copy_(value)
+        self._spread_optimizer()
 
-    def load(self, folder: Path) -> None:
-        """Restores weights and optimizer states. Collective."""
-        stored, here = json.loads((folder / LAYOUT_FILE).read_text()), self._layout()
-        for key in here:
-            if stored.get(key) != here[key]:
-                raise UserError(
-                    f"{folder.parent}: was written with {key} = {stored.get(key)}, but this run has {here[key]}; go on "
-                    f"with {key} = {stored.get(key)}, or choose another run_dir."
-                )
-        self._load_states(folder)
+    def _spread_optimizer(self) -> None:
+        """As `_spread`, for optimizer states; engines whose ranks keep their own part alone have nothing to do."""
+        return None
 
-    @abstractmethod
-    def _layout(self) -> dict[str, Any]:
-        """What must be the same for `load` to understand what `save` wrote."""
+    def buffers(self) -> dict[str, Tensor]:
+        """What belongs to the model's state besides parameters; whole, the same on every rank."""
+        return {name: value for name, value in self.module.state_dict().items() if name in self._buffer_names}
 
-    @abstractmethod
-    def _save_states(self, folder: Path) -> None: ...
-
-    @abstractmethod
-    def _load_states(self, folder: Path) -> None: ...
+    @torch.no_grad()
+    def assign_buffers(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in self.buffers().items():
+            value.copy_(values[name])
 
     # The other ranks ----------------------------------------------------------------------------------------------
 

@@ -3,21 +3,17 @@
 Weights, gradients and optimizer states are float32; bf16 comes in through DeepSpeed's `torch_autocast`, so what a
 checkpoint holds does not depend on the precision of the compute.
 
-DeepSpeed's checkpoint files are pickles. They stay under `engine/` of a checkpoint and are only ever read from the
-run's own folder, after `pretrain.checkpoint` has compared every file there with its checksum: never load a checkpoint
-folder that somebody else gave you into an engine; its `model.safetensors` and `ema.safetensors` are made for that.
+DeepSpeed's own checkpoints are pickles, tied to a stage and a number of ranks. They are not used: `shards` finds
+weights and states in the optimizer's partitions, and `pretrain.checkpoint` writes those.
 """
 
-import json
 import logging
 import os
 import warnings
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..draws import SampleDraws
@@ -25,8 +21,7 @@ from ..world_models.base import LossTerms
 from .base import Engine, EngineConfig, StepReport
 from .optimizer import OptimizerConfig, build_optimizer, set_learning_rate
 from .ranks import Ranks
-
-CHECKPOINT_TAG = "deepspeed"
+from .shards import Shard, share
 
 
 class DeepSpeedEngine(Engine):
@@ -35,13 +30,15 @@ class DeepSpeedEngine(Engine):
         self.zero_stage = config.zero_stage
         self.deepspeed_config = deepspeed_config(config, optimizer_config, self.precision)
         deepspeed = _import_deepspeed(self.ranks)
-        self._gathered_parameters = deepspeed.zero.GatheredParameters
         self._deepspeed, *_ = deepspeed.initialize(
             model=self._loss_module,
             optimizer=build_optimizer(optimizer_config, self.module),
             config=self.deepspeed_config,
             dist_init_required=False,
         )
+        self._zero = self._deepspeed.optimizer  # wraps the optimizer, and cuts what it updates into partitions
+        self._optimizer = self._zero.optimizer
+        self._shards = self._find_shards()
 
     def forward_loss(self, batch: Mapping[str, Any], draws: SampleDraws) -> LossTerms:
         total, parts = self._deepspeed(self.to_device(batch), draws)
@@ -64,41 +61,63 @@ class DeepSpeedEngine(Engine):
             lr=learning_rate,
         )
 
-    # Under ZeRO-3 a parameter is an empty tensor whose shard DeepSpeed holds -----------------------------------------
+    # Weights and optimizer states ---------------------------------------------------------------------------------
 
-    def full_parameters(self) -> dict[str, Tensor]:
+    @property
+    def layout(self) -> str:
+        return f"deepspeed (ZeRO-{self.zero_stage}) on {self.world_size} rank(s)"
+
+    def shards(self) -> dict[str, Shard]:
+        return self._shards
+
+    def _find_shards(self) -> dict[str, Shard]:
+        names = {parameter: name for name, parameter in self.module.named_parameters()}
+        trained = self._shards_in_partitions() if self.zero_stage < 3 else self._shards_of_partitions()
+        shards = {names[parameter]: shard for parameter, shard in trained}
+        for parameter, name in names.items():
+            if not parameter.requires_grad:
+                shards[name] = self._frozen_shard(parameter)
+        return shards
+
+    def _shards_in_partitions(self) -> Iterator[tuple[nn.Parameter, Shard]]:
+        """ZeRO-1 and 2 lay a group's parameters end to end and cut the whole: a rank has one part, of some of them."""
+        for group, partition in zip(self._zero.bit16_groups, self._zero.single_partition_of_fp32_groups, strict=True):
+            for parameter in group:
+                place = parameter._hp_mapping  # None: all its elements are in other ranks' partitions
+                if place is None:
+                    yield parameter, Shard(0, 0, partition, 0, True)
+                else:
+                    start, num = place.lp_fragment_address.start, place.lp_fragment_address.numel
+                    yield parameter, Shard(start, num, partition, place.hp_fragment_address.start, True)
+
+    def _shards_of_partitions(self) -> Iterator[tuple[Any, Shard]]:
+        """ZeRO-3 cuts each parameter, fills its last part up, and lays a rank's parts end to end."""
+        for group, partition in zip(self._zero.fp16_groups, self._zero.fp32_partitioned_groups_flat, strict=True):
+            offset = 0
+            for parameter in group:
+                start, num = share(parameter.ds_numel, self.rank, self.world_size)
+                yield parameter, Shard(start, num, partition, offset, True)
+                offset += parameter.partition_numel()
+
+    def _frozen_shard(self, parameter: Any) -> Shard:
+        """What is not trained lies in no partition of the optimizer's."""
         if self.zero_stage < 3:
-            return super().full_parameters()
-        full = {}
-        for name, parameter in self.module.named_parameters(remove_duplicate=False):
-            with self._gathered_parameters(parameter):
-                full[name] = parameter.detach().clone()
-        return full
+            start, num = share(parameter.numel(), self.rank, self.world_size)
+            return Shard(start, num, parameter, start, False)
+        start, num = share(parameter.ds_numel, self.rank, self.world_size)
+        return Shard(start, num, parameter.ds_tensor, 0, False)
 
-    def assign_parameters(self, values: Mapping[str, Tensor]) -> None:
+    def _spread(self) -> None:
+        zero = self._zero
         if self.zero_stage < 3:
-            return super().assign_parameters(values)
-        for name, parameter in self.module.named_parameters(remove_duplicate=False):
-            with torch.no_grad(), self._gathered_parameters(parameter, modifier_rank=0):
-                parameter.copy_(values[name])
-        return None
-
-    # Checkpoints ----------------------------------------------------------------------------------------------------
-
-    def _layout(self) -> dict[str, Any]:
-        return {"engine.kind": "deepspeed", "engine.zero_stage": self.zero_stage, "number of ranks": self.world_size}
-
-    def _save_states(self, folder: Path) -> None:
-        if self.is_main:
-            (folder / "deepspeed.json").write_text(json.dumps(self.deepspeed_config, indent=1) + "\n")
-        # The empty entry is what DeepSpeed's conversion to other numbers of ranks looks for (ZeRO-1 and 2).
-        client_state: dict[str, Any] = {"universal_checkpoint_info": {}}
-        self._deepspeed.save_checkpoint(str(folder), tag=CHECKPOINT_TAG, client_state=client_state, save_latest=False)
-
-    def _load_states(self, folder: Path) -> None:
-        path, _ = self._deepspeed.load_checkpoint(str(folder), tag=CHECKPOINT_TAG, load_lr_scheduler_states=False)
-        if path is None:
-            raise RuntimeError(f"DeepSpeed found no checkpoint in {folder}")
+            zero.update_lp_params()
+            self.ranks.gather_shares(one for one in self.module.parameters() if not one.requires_grad)
+            return
+        zero.parameter_offload.partition_all_parameters()
+        for number in range(len(zero.fp16_groups)):
+            zero._reassign_or_swap_out_partitioned_parameters(number)
+        if zero.persistent_parameters:  # small ones, which every rank keeps whole
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
     def close(self) -> None:
         self._deepspeed.destroy()

@@ -3,15 +3,20 @@
 import atexit
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from configs.loader import UserError
+
+from .shards import share
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,25 @@ class Ranks:
         vote = torch.tensor([float(flag)], device=self.device)
         dist.all_reduce(vote, op=dist.ReduceOp.MAX)
         return bool(vote.item())
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in the order of ranks. For small things: it travels as bytes."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def gather_shares(self, tensors: Iterable[Tensor]) -> None:
+        """Completes tensors that every rank holds whole, and of which each has written its `share` alone."""
+        if self.world_size == 1:
+            return
+        for tensor in tensors:
+            flat = tensor.detach().view(-1)
+            num = share(len(flat), 0, self.world_size)[1]
+            start, own = share(len(flat), self.rank, self.world_size)
+            parts = flat.new_zeros(self.world_size, num)
+            parts[self.rank, :own] = flat[start : start + own]
+            dist.all_gather(list(parts.unbind()), parts[self.rank].clone())
+            flat.copy_(parts.view(-1)[: len(flat)])
 
     def barrier(self) -> None:
         self.any(False)  # unlike dist.barrier, needs no device ids and warns on no backend

@@ -1,16 +1,20 @@
-"""Trains the tiny model under every engine in one set of ranks and writes what it saw: `engine_ranks.py OUT.json`.
+"""Trains the tiny model under several engines in one set of ranks, and prints what it saw as JSON.
 
-Under torchrun, on two CPU ranks. Each entry: five steps of two micro-batches, the fourth with a NaN in one rank's data;
-a save after the third step, and a second engine that loads it and takes the last two steps again.
+Under torchrun, on any number of CPU ranks. An engine takes five steps of two micro-batches, the fourth with a NaN in
+one rank's data, and saves into the folder after the third. Engines that resume do so from every checkpoint there, those
+of other engines and of other numbers of ranks included, and take the last two steps again.
 """
 
+import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pretrain.checkpoint import Checkpoints
 from pretrain.draws import SampleDraws
 from pretrain.ema import ExponentialMovingAverage
 from pretrain.engine import EngineConfig, OptimizerConfig, create_engine, learning_rate
@@ -18,30 +22,30 @@ from pretrain.engine.base import Engine
 from pretrain.steps import forward_backward, sample_draws
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny_training import BATCH, build_tiny_model, global_batch
+from tiny_training import BATCH, build_tiny_model, global_batch, whole_weights
 
 NUM_STEPS, SAVED_STEP, NAN_STEP = 5, 3, 4
 SCHEDULE_STEPS = 10
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, max_grad_norm=0.5)
 ENGINES: dict[str, dict[str, Any]] = {
-    "deepspeed_1": {"kind": "deepspeed", "zero_stage": 1},
-    "deepspeed_2": {"kind": "deepspeed", "zero_stage": 2},
-    "deepspeed_3": {"kind": "deepspeed", "zero_stage": 3},
+    "zero1": {"kind": "deepspeed", "zero_stage": 1},
+    "zero2": {"kind": "deepspeed", "zero_stage": 2},
+    "zero3": {"kind": "deepspeed", "zero_stage": 3},
     "ddp": {"kind": "accelerate", "sharding": "ddp"},
     "fsdp2": {"kind": "accelerate", "sharding": "fsdp2"},
-    "deepspeed_1_bf16": {"kind": "deepspeed", "zero_stage": 1, "precision": "bf16"},
+    "zero1_bf16": {"kind": "deepspeed", "zero_stage": 1, "precision": "bf16"},
 }
 
 
 def open_engine(name: str) -> Engine:
-    config = EngineConfig.model_validate({"device": "cpu", "precision": "fp32", "grad_accum_steps": 2, **ENGINES[name]})
-    return create_engine(config, build_tiny_model(), OPTIMIZER)
+    settings = {"device": "cpu", "precision": "fp32", "grad_accum_steps": 2, **ENGINES[name]}
+    return create_engine(EngineConfig.model_validate(settings), build_tiny_model(), OPTIMIZER)
 
 
 def take_step(engine: Engine, ema: ExponentialMovingAverage, step: int) -> dict[str, Any]:
     share = BATCH // engine.world_size
     batch = {"latents": global_batch(step)[engine.rank * share :][:share].clone()}
-    if step == NAN_STEP and engine.rank == 1:
+    if step == NAN_STEP and engine.rank == engine.world_size - 1:
         batch["latents"][0, 0] = torch.nan
     losses = forward_backward(engine, batch, sample_draws(engine, 0, step, batch))
     report = engine.step(learning_rate(OPTIMIZER, step, SCHEDULE_STEPS))
@@ -57,45 +61,56 @@ def validation_loss(engine: Engine, ema: ExponentialMovingAverage) -> float:
     return total.item()
 
 
-def checksum(tensors: dict[str, torch.Tensor]) -> dict[str, float]:
-    return {name: value.double().sum().item() for name, value in tensors.items()}
-
-
-def observe(name: str, folder: Path) -> dict[str, Any]:
+def train(name: str, folder: Path) -> dict[str, Any]:
     engine = open_engine(name)
     ema = ExponentialMovingAverage(engine, decay=0.5)
+    checkpoints = Checkpoints(folder, engine, keep_last=1)
     rows = []
     for step in range(1, NUM_STEPS + 1):
         rows.append(take_step(engine, ema, step))
+        checkpoints.settle()
         if step == SAVED_STEP:
-            if engine.is_main:
-                folder.mkdir()
-            engine.barrier()
-            engine.save(folder)
-            saved_average = {key: value.clone() for key, value in ema.average.items()}
             validation = validation_loss(engine, ema)
-            weights = checksum(engine.full_state_dict())
-            engine.barrier()
+            weights = whole_weights(engine)
+            checkpoints.save(ema, {"step": step}, texts={})  # written while the next steps change the weights
+    checkpoints.settle(wait_for_it=True)
+    any_rank = [engine.any_rank(engine.rank == engine.world_size - 1), engine.any_rank(False)]
     engine.close()
+    sums = {parameter: value.double().sum().item() for parameter, value in weights.items()}
+    return {"rows": rows, "validation": validation, "weights": sums, "any_rank": any_rank}
 
-    resumed = open_engine(name)
-    ema = ExponentialMovingAverage(resumed, decay=0.5)
-    resumed.load(folder)
-    ema.restore(saved_average)
-    resumed_rows = [take_step(resumed, ema, step) for step in range(SAVED_STEP + 1, NUM_STEPS + 1)]
-    any_rank = [resumed.any_rank(resumed.rank == 1), resumed.any_rank(False)]
-    resumed.close()
-    return {
-        "rows": rows,
-        "resumed_rows": resumed_rows,
-        "validation": validation,
-        "weights": weights,
-        "any_rank": any_rank,
-    }
+
+def resume(name: str, folder: Path) -> dict[str, Any]:
+    """The last steps again, after a validation: that puts the average in, and the restored weights back."""
+    engine = open_engine(name)
+    ema = ExponentialMovingAverage(engine, decay=0.5)
+    state = Checkpoints(folder, engine, keep_last=1).load(ema)
+    assert state == {"step": SAVED_STEP}
+    validation = validation_loss(engine, ema)
+    rows = [take_step(engine, ema, step) for step in range(SAVED_STEP + 1, NUM_STEPS + 1)]
+    engine.close()
+    return {"rows": rows, "validation": validation}
+
+
+def same_precision(name: str, source: str) -> bool:
+    return ("bf16" in name) == ("bf16" in source)
 
 
 if __name__ == "__main__":
-    out = Path(sys.argv[1])
-    seen = {name: observe(name, out.with_name(f"engine_{name}")) for name in ENGINES}
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--train", nargs="*", default=[], help="engines that train and save")
+    parser.add_argument("--resume", nargs="*", default=[], help="engines that resume")
+    parser.add_argument("--saved-on", nargs="*", default=[], help="by how many ranks the checkpoints were written")
+    options = parser.parse_args()
+    world_size = int(os.environ["WORLD_SIZE"])
+    seen = {name: train(name, options.folder / f"{name}_on_{world_size}") for name in options.train}
+    saved = sorted(path.name for ranks in options.saved_on for path in options.folder.glob(f"*_on_{ranks}"))
+    resumed = {
+        f"{source} on {name}": resume(name, options.folder / source)
+        for name in options.resume
+        for source in saved
+        if same_precision(name, source)
+    }
     if torch.distributed.get_rank() == 0:
-        out.write_text(json.dumps(seen, indent=1))
+        print(json.dumps({"trained": seen, "resumed": resumed}))  # noqa: T201

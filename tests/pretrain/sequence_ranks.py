@@ -23,6 +23,9 @@ from pretrain.models.video_dit import VideoDiTConfig
 from pretrain.steps import forward_backward, sample_draws
 from pretrain.world_models.observation_space import ObservationSpaceConfig, ObservationSpaceWorldModel
 
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny_training import whole_weights
+
 BATCH, NUM_STEPS, LEARNING_RATE = 4, 2, 0.1
 OPTIMIZER = OptimizerConfig(eps=1.0, weight_decay=0.0, max_grad_norm=0.0)
 ENGINES: dict[str, dict[str, Any]] = {
@@ -111,7 +114,7 @@ def train(kind: str, engine_settings: dict[str, Any]) -> Seen:
         losses = forward_backward(engine, batch, sample_draws(engine, 0, step, batch))
         report = engine.step(LEARNING_RATE)
         rows.append([engine.mean_across_ranks({"loss": losses["loss"].item()})["loss"], report.grad_norm])
-    weights = engine.full_state_dict()
+    weights = whole_weights(engine)
     if config.kind == "accelerate" and config.sharding == "ddp":
         weights |= imagine(engine.module)
     engine.close()

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from configs.loader import UserError, load_config
 from pretrain import export
 from pretrain.checkpoint import find_checkpoints
+from pretrain.checkpoint_files import CheckpointWeights
 from pretrain.export import ExportConfig
 from pretrain.exported import load_world_model
 from pretrain.models.video_dit import VideoDiT
@@ -88,7 +89,7 @@ def test_it_is_an_export_too_and_another_run_can_start_from_it(trained: Path, tm
 def test_a_checkpoint_gives_its_average_or_its_latest_weights(trained: Path, tmp_path: Path, weights: str) -> None:
     (checkpoint,) = find_checkpoints(trained / "run" / "checkpoints")
     folder = write(trained, tmp_path / "wan", str(checkpoint.relative_to(trained)), weights=weights, dtype="bfloat16")
-    stored = load_file(checkpoint / {"averaged": "ema.safetensors", "latest": "model.safetensors"}[weights])
+    stored = CheckpointWeights(checkpoint, averaged=weights == "averaged").read_all()
     written = load_file(folder / "diffusion_pytorch_model.safetensors")
     assert written.keys() == {name[6:] for name in stored if name.startswith("video.")}
     for name, value in written.items():

@@ -1,22 +1,27 @@
 """A run that is stopped or killed and started again is the run that was left alone."""
 
+import contextlib
 import functools
 import os
+import random
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from configs.loader import UserError, load_config
-from pretrain.checkpoint import find_checkpoints, read_weights
+from pretrain.checkpoint import find_checkpoints
+from pretrain.checkpoint_files import CheckpointWeights
 from pretrain.metrics import read_metrics
 from pretrain.run import EXIT_STOPPED, resume_config
 from pretrain.steps import split_batch
@@ -24,6 +29,7 @@ from pretrain.train import MAY_CHANGE, PretrainConfig, resume_run
 
 SCRIPT = Path(__file__).with_name("tiny_training.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+NUM_KILLS = int(os.environ.get("NUM_KILLS", "3"))
 TIMINGS = {"step_s", "samples_per_s", "data_wait_share", "peak_memory_gb"}
 tiny = SimpleNamespace(**runpy.run_path(str(SCRIPT)))
 
@@ -32,6 +38,14 @@ def curve(run_dir: Path) -> list[dict[str, Any]]:
     """Every number that is not a measurement of time or memory."""
     rows = read_metrics(run_dir / "metrics.jsonl")
     return [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
+
+
+def stop_at(batch: int) -> Callable[[int], None]:
+    def terminate(step: int) -> None:
+        if step == batch:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return terminate
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +69,11 @@ def test_a_run_writes_its_folder(uninterrupted: Path) -> None:
 
 
 def test_the_export_is_the_averaged_weights(uninterrupted: Path) -> None:
-    exported = read_weights(uninterrupted / "export" / "model.safetensors")
-    averaged = read_weights(uninterrupted / "checkpoints" / "step_00000012" / "ema.safetensors")
-    latest = read_weights(uninterrupted / "checkpoints" / "step_00000012" / "model.safetensors")
+    exported = load_file(uninterrupted / "export" / "model.safetensors")
+    averaged, latest = (
+        CheckpointWeights(uninterrupted / "checkpoints" / "step_00000012", averaged).read_all()
+        for averaged in (True, False)
+    )
     assert all(torch.equal(exported[name], averaged[name]) for name in averaged)
     assert not torch.equal(exported["head.weight"], latest["head.weight"])
     tiny.build_tiny_model().load_state_dict(exported, strict=True)
@@ -67,16 +83,13 @@ def test_the_export_is_the_averaged_weights(uninterrupted: Path) -> None:
 def test_sigterm_saves_at_the_step_and_the_run_goes_on_exactly(uninterrupted: Path, tmp_path: Path) -> None:
     config = tiny.tiny_config(tmp_path, 12)
 
-    def terminate(step: int) -> None:
-        if step == 6:  # batch 6 is the seventh: the step in progress is finished first
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    assert tiny.tiny_run(config, on_step=terminate) == EXIT_STOPPED
+    # Batch 6 is the seventh: the step in progress is finished first.
+    assert tiny.tiny_run(config, on_step=stop_at(6)) == EXIT_STOPPED
     assert find_checkpoints(tmp_path / "checkpoints")[-1].name == "step_00000007"
     assert not (tmp_path / "export").exists()
     assert tiny.tiny_run(config) == 0
     assert curve(tmp_path) == curve(uninterrupted)
-    exported, expected = (read_weights(run / "export" / "model.safetensors") for run in (tmp_path, uninterrupted))
+    exported, expected = (load_file(run / "export" / "model.safetensors") for run in (tmp_path, uninterrupted))
     assert all(torch.equal(exported[name], expected[name]) for name in expected)
 
 
@@ -86,13 +99,23 @@ def test_a_finished_run_started_again_changes_nothing(uninterrupted: Path) -> No
     assert curve(uninterrupted) == before
 
 
-def test_a_damaged_checkpoint_stops_the_run_with_its_name(tmp_path: Path) -> None:
-    config = tiny.tiny_config(tmp_path, 6)
-    tiny.tiny_run(config)
-    newest = find_checkpoints(tmp_path / "checkpoints")[-1]
-    (newest / "state.json").write_text("{}")
-    with pytest.raises(UserError, match=r"step_00000006.state\.json"):
-        tiny.tiny_run(config)
+def test_from_the_checkpoint_before_a_damaged_one_the_run_goes_on_exactly(
+    uninterrupted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "step_00000012" / "state.json").write_text("{}")
+    assert tiny.tiny_run(tiny.tiny_config(tmp_path / "run", 12)) == 0
+    assert "step_00000012 is damaged" in caplog.text
+    assert curve(tmp_path / "run") == curve(uninterrupted)
+
+
+def test_a_run_goes_on_with_other_sharding_and_micro_batches(uninterrupted: Path, tmp_path: Path) -> None:
+    settings = {"kind": "accelerate", "device": "cpu", "precision": "fp32"}
+    tiny.tiny_run(resume_run(tiny.tiny_config(tmp_path, 12, engine=settings)), on_step=stop_at(6))
+    engine = {**settings, "sharding": "fsdp2", "grad_accum_steps": 4}
+    assert tiny.tiny_run(resume_run(tiny.tiny_config(tmp_path, 12, engine=engine))) == 0
+    for row, expected in zip(curve(tmp_path), curve(uninterrupted), strict=True):
+        assert row == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_batch_that_cannot_be_cut_is_refused(tmp_path: Path) -> None:
@@ -175,28 +198,33 @@ def last_step(run_dir: Path) -> int:
     return rows[-1]["step"] if rows else 0
 
 
-@pytest.mark.slow
-def test_killed_with_deepspeed_on_two_ranks_resumes_to_the_last_digit(tmp_path: Path) -> None:
-    alone, killed = tmp_path / "alone", tmp_path / "killed"
-    num_steps = 40
-    reference = subprocess.Popen([*TORCHRUN, SCRIPT, alone, str(num_steps)])
-    victim = subprocess.Popen([*TORCHRUN, SCRIPT, killed, str(num_steps)], start_new_session=True)
-    try:
-        # Past a checkpoint (every 5 steps) by some steps, in the middle of one.
-        wait_for(lambda: last_step(killed) >= 13, victim, "step 13")
-    finally:
-        # torchrun gives each worker a session of its own, so they are killed by the ids they wrote down.
-        os.killpg(victim.pid, signal.SIGKILL)
-        for path in killed.glob("pid_*"):
+def kill(run_dir: Path, torchrun: subprocess.Popen[bytes]) -> None:
+    """torchrun gives each worker a session of its own, so they are killed by the ids they wrote down."""
+    os.killpg(torchrun.pid, signal.SIGKILL)
+    for path in run_dir.glob("pid_*"):
+        with contextlib.suppress(ProcessLookupError):
             os.kill(int(path.read_text()), signal.SIGKILL)
-        victim.wait()
+    torchrun.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(NUM_KILLS * 120)
+def test_killed_again_and_again_under_deepspeed_on_two_ranks_it_is_the_same_run(tmp_path: Path) -> None:
+    alone, killed, num_steps = tmp_path / "alone", tmp_path / "killed", 60
+    reference = subprocess.Popen([*TORCHRUN, SCRIPT, alone, str(num_steps)])
+    # At any moment: in a step, while a checkpoint is written, while an old one is dropped.
+    for step in sorted(random.sample(range(3, num_steps - 3), NUM_KILLS)):
+        victim = subprocess.Popen([*TORCHRUN, SCRIPT, killed, str(num_steps)], start_new_session=True)
+        try:
+            wait_for(lambda: last_step(killed) >= step, victim, f"step {step}")  # noqa: B023
+        finally:
+            kill(killed, victim)
+        assert not (killed / "export").exists()
     assert reference.wait(timeout=120) == 0
-    assert not (killed / "export").exists()
-    assert last_step(killed) < num_steps
 
     subprocess.run([*TORCHRUN, SCRIPT, killed, str(num_steps)], check=True, timeout=120)
     assert curve(killed) == curve(alone)
-    exported, expected = (read_weights(run / "export" / "model.safetensors") for run in (killed, alone))
+    exported, expected = (load_file(run / "export" / "model.safetensors") for run in (killed, alone))
     assert all(torch.equal(exported[name], expected[name]) for name in expected)
 
 

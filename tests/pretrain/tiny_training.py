@@ -4,6 +4,7 @@ As a script it is a pretraining run, `tiny_training.py RUN_DIR NUM_STEPS`, under
 """
 
 import functools
+import math
 import os
 import sys
 import time
@@ -18,6 +19,7 @@ from torch import nn
 from configs.loader import StrictConfig, dump_config
 from data_pipeline.sample_order import Cursor
 from pretrain.draws import SampleDraws
+from pretrain.engine import Engine
 from pretrain.run import StopSignal
 from pretrain.train import PretrainConfig, train
 from pretrain.world_models.base import LossTerms
@@ -56,6 +58,17 @@ def build_tiny_model(noise: float = 0.1) -> TinyWorldModel:
 
 def global_batch(step: int) -> torch.Tensor:
     return torch.randn(BATCH, WIDTH, generator=torch.Generator().manual_seed(step))
+
+
+def whole_weights(engine: Engine) -> dict[str, torch.Tensor]:
+    """The parameters, put together from every rank's shards. Collective."""
+    whole = {name: torch.full((math.prod(shape),), torch.nan) for name, shape in engine.shapes.items()}
+    parts = {name: (shard.start, shard.values.clone()) for name, shard in engine.shards().items()}
+    for of_rank in engine.ranks.gather(parts):
+        for name, (start, values) in of_rank.items():
+            assert whole[name][start : start + len(values)].isnan().all(), f"two ranks have the same part of {name}"
+            whole[name][start : start + len(values)] = values
+    return {name: values.view(engine.shapes[name]) for name, values in whole.items()}
 
 
 class TinyBatches:
