@@ -15,6 +15,7 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
@@ -121,14 +122,15 @@ def examine(path: Path, kind: str, settings: dict[str, Any] | None = None) -> Re
         return _report(FORMATS[kind].open(config), path, kind, settings or {})
     except UserError as error:
         raise UserError(_as_typed_here(str(error), config_class)) from None
+    except SourceError as error:  # of what all episodes share
+        raise UserError(f"{error.where}: {error.detail}.") from error
 
 
 def _report(source: Source, path: Path, kind: str, settings: dict[str, Any]) -> Report:
-    episode_ids = source.list_episodes()
+    episode_ids, embodiment = source.list_episodes(), source.embodiment()
     episodes, unreadable = _read_all(source, episode_ids)
     instructions = Counter(episode.instruction for episode in episodes if episode.instruction)
     with_actions = [episode for episode in episodes if episode.actions is not None]
-    embodiment = source.embodiment()
     proposed, reasons = None, tuple[str, ...]()
     if embodiment is not None and "embodiment" not in settings:
         proposed, reasons = _propose(embodiment, with_actions)
@@ -320,7 +322,7 @@ def _duration(seconds: float) -> str:
 def _instructions(report: Report) -> str:
     if not report.instructions:
         return "none"
-    shown = "\n".join(f'"{text}"' for text in report.instructions)
+    shown = "\n".join(f'"{shorten(text, 200, placeholder=" …")}"' for text in report.instructions)
     return f"in {report.num_with_instruction} of {report.num_readable} episodes, for example\n{shown}"
 
 

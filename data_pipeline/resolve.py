@@ -1,7 +1,8 @@
 """Opens a build's sources and settles what its config leaves open: rates, views, robots."""
 
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,21 @@ def open_sources(config: BuildConfig) -> tuple[dict[str, Source], dict[str, list
     for name, source in config.sources.items():
         if source.name not in (None, name):
             raise UserError(f"sources.{name}.name={source.name}: a source is named by its key; leave `name` out.")
-        sources[name] = open_source(_reader_config(name, source, config.root))
-        listing[name] = sources[name].list_episodes()[: source.max_episodes]
+        with _reading(name):
+            sources[name] = open_source(_reader_config(name, source, config.root))
+            listing[name] = sources[name].list_episodes()[: source.max_episodes]
         if not listing[name]:
             raise UserError(f"sources.{name}: {config.root / source.path} holds no episodes; check the path.")
     return sources, listing
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """UserError where what the episodes of a source share cannot be read."""
+    try:
+        yield
+    except SourceError as error:
+        raise UserError(f"sources.{name}: {error.where}: {error.detail}.") from error
 
 
 def _reader_config(name: str, source: AnySourceConfig, root: Path) -> AnySourceConfig:
@@ -41,7 +52,10 @@ def _reader_config(name: str, source: AnySourceConfig, root: Path) -> AnySourceC
 
 def resolve(config: BuildConfig, sources: Mapping[str, Source], listing: Mapping[str, list[str]]) -> CuratePlan:
     """The plan; what it needs and the config leaves open is taken from the sources themselves."""
-    embodiments = {name: _embodiment(source, config.sources[name].embodiment_name) for name, source in sources.items()}
+    embodiments = {}
+    for name, source in sources.items():
+        with _reading(name):
+            embodiments[name] = _embodiment(source, config.sources[name].embodiment_name)
     _check_embodiments(embodiments)
     _check_curation(config, [robot for robot in embodiments.values() if robot is not None])
     labelled = [name for name, embodiment in embodiments.items() if embodiment is not None]

@@ -29,10 +29,10 @@ from .base import (
     SourceError,
     check_dims,
     content_sha256,
-    find_files,
     key_safe,
     stable_id,
 )
+from .files import find_files
 from .hdf5 import (
     HDF5_SUFFIXES,
     Hdf5Images,

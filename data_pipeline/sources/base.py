@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +26,11 @@ from ..align import nearest_frames
 from ..embodiments import Embodiment
 from ..video_io import ViewConfig, decode_frames, decode_view, frame_indices_at, prepare_view, probe_video
 from ..video_pixels import rgb_to_planes
+
+MAX_INSTRUCTION_LENGTH = 2000
+"""Characters; every clip carries it. Text encoders read a quarter of it."""
+
+MAX_SENTENCE_LENGTH = 1000
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,15 @@ class VideoSegment:
         return decode_view(self.path, positions, view)
 
 
+def as_bytes(frames: np.ndarray, scale: float, offset: float = 0.0) -> UInt8[np.ndarray, "f h w 3"]:
+    """Pictures of any numbers, of which `value * scale + offset` is 0 to 255."""
+    result = np.empty(frames.shape, np.uint8)
+    for some, into in ((frames[i : i + 16], result[i : i + 16]) for i in range(0, len(frames), 16)):
+        values = np.nan_to_num(some.astype(np.float32) * np.float32(scale) + np.float32(offset))
+        into[...] = np.rint(values).clip(0, 255)
+    return result
+
+
 @dataclass(frozen=True)
 class StoredImages(ABC):
     """Frames that a file holds one by one (JPEGs, rows of an array): a format says how to read them."""
@@ -139,15 +153,19 @@ class Episode:
     control_times_s: np.ndarray | None = None  # float64 [n] since the first frame, where control has its own clock
 
     def __post_init__(self) -> None:
+        if self.instruction is not None and len(self.instruction) > MAX_INSTRUCTION_LENGTH:
+            note = f"The instruction has more than {MAX_INSTRUCTION_LENGTH} characters: the first ones are kept."
+            object.__setattr__(self, "instruction", self.instruction[:MAX_INSTRUCTION_LENGTH])
+            object.__setattr__(self, "repairs", (*self.repairs, note))
         object.__setattr__(self, "uri", printable(self.uri))
-        object.__setattr__(self, "repairs", tuple(map(printable, self.repairs)))
+        object.__setattr__(self, "repairs", tuple(map(_sentence, self.repairs)))
 
 
 class SourceError(Exception):
     """One episode that cannot be read; the others still can. `reason` is a snake_case name that reports group by."""
 
     def __init__(self, reason: str, where: str, detail: str) -> None:
-        where, detail = printable(where), printable(detail)
+        where, detail = printable(where), _sentence(detail)
         super().__init__(f"{reason}: {where}: {detail}")
         self.reason = reason
         self.where = where
@@ -212,6 +230,11 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
 
 
+def _sentence(text: str) -> str:
+    """For people: what a file says may be quoted in it, however long that is."""
+    return printable(text if len(text) <= MAX_SENTENCE_LENGTH else f"{text[:MAX_SENTENCE_LENGTH]} …")
+
+
 def key_safe(text: str) -> str:
     """`text` with everything but [A-Za-z0-9_-] replaced (a dot in a name would end the sample's key)."""
     return re.sub(r"[^A-Za-z0-9_-]+", "_", text).strip("_") or "unnamed"
@@ -223,24 +246,6 @@ def stable_id(*parts: str) -> str:
     readable = key_safe(os.path.splitext(whole)[0])[-60:].strip("_")
     name_bytes = whole.encode("utf-8", "surrogatepass")  # a name need not be UTF-8
     return f"{readable}_{hashlib.sha256(name_bytes).hexdigest()[:8]}"
-
-
-def find_files(root: Path, suffixes: Sequence[str]) -> Iterator[Path]:
-    """Files at or below `root` that end so, folder by folder in order, hidden ones (such as macOS' `._x`) left out.
-
-    So are pipes and devices: reading one may never end. A link to nothing is kept, to be rejected by name.
-    """
-    if root.is_file():
-        if root.name.lower().endswith(tuple(suffixes)):
-            yield root
-        return
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if name.lower().endswith(tuple(suffixes)) and not name.startswith("."):
-                path = Path(folder, name)
-                if path.is_file() or not path.exists():
-                    yield path
 
 
 def check_dims(

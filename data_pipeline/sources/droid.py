@@ -18,7 +18,6 @@ even 15 Hz, as DROID's RLDS release does; so does a recording without usable tim
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,10 +44,10 @@ from .base import (
     VideoSegment,
     check_dims,
     content_sha256,
-    find_files,
     key_safe,
     stable_id,
 )
+from .files import find_files, read_json
 from .hdf5 import (
     find_all,
     find_dataset,
@@ -216,8 +215,8 @@ class DroidSource:
         texts: dict[str, Any] = {}
         for path in sorted(self._config.path.glob("aggregated-annotations-*.json")):
             try:
-                texts |= json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError, TypeError, RecursionError) as error:
+                texts |= read_json(path)
+            except (SourceError, TypeError) as error:
                 raise UserError(f"{path}: the annotations cannot be read ({error}); download them again.") from error
         return texts
 
@@ -280,10 +279,7 @@ class _Video:
 
 
 def _read_metadata(path: Path) -> dict[str, Any]:
-    try:
-        metadata = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SourceError("bad_record", str(path), f"it cannot be read as JSON ({error})") from error
+    metadata = read_json(path)
     if not isinstance(metadata, dict):
         raise SourceError("bad_record", str(path), "it is not a JSON object")
     return metadata
@@ -398,8 +394,8 @@ def _milliseconds(file: h5py.File, name: str, num_rows: int) -> Float64[np.ndarr
 
 def _read_times_list(path: Path) -> Float64[np.ndarray, "f"] | None:
     try:
-        times = np.asarray(json.loads(path.read_text(encoding="utf-8")), dtype=np.float64)
-    except (OSError, ValueError, TypeError, RecursionError):
+        times = np.asarray(read_json(path), dtype=np.float64)
+    except (SourceError, ValueError, TypeError, OverflowError):
         return None
     return _plausible(times) if times.ndim == 1 else None
 

@@ -36,10 +36,10 @@ from .base import (
     VideoSegment,
     check_dims,
     content_sha256,
-    find_files,
     key_safe,
     stable_id,
 )
+from .files import find_files
 from .hdf5 import (
     any_file,
     find_dataset,

@@ -7,10 +7,10 @@ encoded pictures are read.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,12 +25,10 @@ from jaxtyping import Float32, UInt8
 from PIL import Image, UnidentifiedImageError
 
 from ..video_index import VideoError
-from .base import SourceError, StoredImages, find_files
+from .base import SourceError, StoredImages, as_bytes
+from .files import LFS_DETAIL, LFS_POINTER, MACHINE_ERRORS, bounded_memory, check_file, check_size, find_files
 
 HDF5_SUFFIXES = (".hdf5", ".h5")
-
-MAX_TABLE_BYTES = 2**30
-"""A header can promise more rows than any memory holds; actions of days stay far below this."""
 
 MAX_SIDE = 16_384
 """Height and width of a picture."""
@@ -41,7 +39,6 @@ _MAX_SOFT_LINKS = 8
 _MAGIC = {b"\xff\xd8\xff": "jpeg", b"\x89PNG": "png"}
 _VIDEO_REASONS = {"missing_file": "missing_video", "truncated_file": "truncated_video"}
 _READ_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, UnicodeDecodeError)
-_MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -67,12 +64,14 @@ def relative_parts(path: Path, root: Path) -> tuple[str, ...]:
 @contextmanager
 def open_hdf5(path: Path) -> Iterator[h5py.File]:
     """The open file. Whatever HDF5 raises, here or while it is read, becomes a SourceError."""
+    check_file(path)
     try:
-        file = _open(os.fspath(path))
+        # Nothing is written, and many network file systems have no locks: they would refuse to open.
+        file = h5py.File(os.fspath(path), "r", locking=False, rdcc_nbytes=_CHUNK_CACHE_BYTES)
     except _READ_ERRORS as error:
         _raise_if_machine(error)
         raise _why_not_opened(path, error) from error
-    with file:
+    with file, bounded_memory(path):
         try:
             yield file
         except _READ_ERRORS as error:
@@ -80,29 +79,19 @@ def open_hdf5(path: Path) -> Iterator[h5py.File]:
             raise SourceError("unreadable_file", str(path), f"reading it fails ({_first_line(error)})") from error
 
 
-def _open(path: str) -> h5py.File:
-    if not os.path.isfile(path):  # a pipe would block for ever
-        raise FileNotFoundError(path)
-    # Nothing is written, and many network file systems have no locks: they would refuse to open.
-    return h5py.File(path, "r", locking=False, rdcc_nbytes=_CHUNK_CACHE_BYTES)
-
-
 def _raise_if_machine(error: Exception) -> None:
-    if isinstance(error, OSError) and error.errno in _MACHINE_ERRORS:
+    if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
         raise error
 
 
 def _why_not_opened(path: Path, error: Exception) -> SourceError:
     where = str(path)
-    if not path.is_file():
-        return SourceError("missing_file", where, "there is no such file")
     with open(path, "rb") as file:
         head = file.read(256)
     if not head:
         return SourceError("unreadable_file", where, "the file is empty")
-    if head.startswith(b"version https://git-lfs"):
-        detail = "it is a Git LFS pointer: fetch the real file with `git lfs pull`"
-        return SourceError("unreadable_file", where, detail)
+    if head.startswith(LFS_POINTER):
+        return SourceError("unreadable_file", where, LFS_DETAIL)
     if "truncated file" in str(error):
         return SourceError("truncated_file", where, "its end is missing: copy or download it again")
     if b"\0" not in head and all(byte >= 32 or byte in b"\t\r\n\f" for byte in head):
@@ -143,6 +132,7 @@ def find_object(group: h5py.Group, path: str, hops: int = _MAX_SOFT_LINKS) -> h5
             raise _leads_outside(found, "it is a virtual dataset, put together from others")
         if found.external:
             raise _leads_outside(found, "its values are kept in other files")
+        check_size(math.prod(found.chunks or ()) * found.dtype.itemsize, _where(found), "each of its chunks")
     return found if isinstance(found, h5py.Group | h5py.Dataset) else None
 
 
@@ -164,7 +154,10 @@ def find_all(group: h5py.Group | None) -> dict[str, h5py.Group | h5py.Dataset]:
 
 def read_rows(group: h5py.Group, names: Sequence[str], notes: list[str]) -> Float32[np.ndarray, "n d"]:
     """Datasets of numbers side by side, whatever their inner shape. Each has one row per step."""
-    columns = [_read_numbers(group, name) for name in names]
+    datasets = [_find_numbers(group, name) for name in names]
+    num_bytes = sum(math.prod(one.shape) * max(4, one.dtype.itemsize) for one in datasets)  # exact: headers can lie
+    check_size(num_bytes, _where(group), f"the rows of {', '.join(names)}")
+    columns = [_read_numbers(dataset) for dataset in datasets]
     lengths = {name: len(column) for name, column in zip(names, columns, strict=True)}
     if len(set(lengths.values())) > 1:
         detail = ", ".join(f"{name} has {length}" for name, length in lengths.items())
@@ -176,7 +169,7 @@ def read_rows(group: h5py.Group, names: Sequence[str], notes: list[str]) -> Floa
     return rows
 
 
-def _read_numbers(group: h5py.Group, name: str) -> Float32[np.ndarray, "n d"]:
+def _find_numbers(group: h5py.Group, name: str) -> h5py.Dataset:
     dataset = find_dataset(group, name)
     if dataset is None:
         raise SourceError("bad_record", _where(group), f"it has no dataset {name}")
@@ -185,8 +178,10 @@ def _read_numbers(group: h5py.Group, name: str) -> Float32[np.ndarray, "n d"]:
         raise SourceError("bad_record", where, f"it holds {dataset.dtype}, not numbers")
     if dataset.ndim == 0 or dataset.size == 0 or dataset.shape[0] == 0:
         raise SourceError("bad_record", where, f"its shape {dataset.shape} holds no rows")
-    if dataset.size * max(4, dataset.dtype.itemsize) > MAX_TABLE_BYTES:
-        raise SourceError("bad_record", where, f"its shape {dataset.shape} is too large for a table of steps")
+    return dataset
+
+
+def _read_numbers(dataset: h5py.Dataset) -> Float32[np.ndarray, "n d"]:
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinity, and its row invalid
         return np.asarray(dataset[()], dtype=np.float32).reshape(dataset.shape[0], -1)
 
@@ -299,8 +294,7 @@ class Hdf5Images(StoredImages):
             frames = np.concatenate([dataset[first:end] for first, end in _runs(wanted)])
             frames = np.moveaxis(frames, 1, -1) if self.layout == "rgb_height_width" else frames
         if frames.dtype != np.uint8:
-            values = np.nan_to_num(frames.astype(np.float32) * np.float32(self.scale))
-            frames = np.rint(values).clip(0, 255).astype(np.uint8)
+            frames = as_bytes(frames, self.scale)
         return frames if len(wanted) == len(positions) and np.all(wanted == positions) else frames[row_of_position]
 
     def _decode(self, dataset: h5py.Dataset, position: int) -> np.ndarray:
@@ -320,6 +314,7 @@ def image_footage(
     layout = _layout(dataset)
     if layout is None:
         return None
+    _check_written(dataset)
     stored_as, scale = f"{dataset.dtype.name} array", 1.0
     if layout == "encoded":
         stored_as = _MAGIC[_magic(dataset) or b""]
@@ -339,9 +334,20 @@ def image_footage(
     )
 
 
+def _check_written(dataset: h5py.Dataset) -> None:
+    """HDF5 reads what was never written as black pictures; no camera sees that, and there can be any number of them."""
+    chunks = dataset.chunks or dataset.shape
+    expected = math.prod(-(-size // chunk) for size, chunk in zip(dataset.shape, chunks, strict=True))
+    found = dataset.id.get_num_chunks() if dataset.chunks else int(dataset.id.get_storage_size() > 0)
+    if found < expected:
+        what = f"{expected - found} of the {expected} chunks of its pictures were never written"
+        raise SourceError("missing_chunks", _where(dataset), f"{what}: copy or download the file again")
+
+
 def _layout(dataset: h5py.Dataset) -> Layout | None:
     if dataset.ndim == 0 or dataset.shape[0] == 0:
         return None
+    check_size(math.prod(dataset.shape[1:]) * dataset.dtype.itemsize, _where(dataset), "each of its rows")
     if dataset.ndim == 4 and (dataset.dtype == np.uint8 or dataset.dtype.kind == "f"):
         if max(dataset.shape[1:]) > MAX_SIDE or min(dataset.shape[1:]) < 3:
             return None

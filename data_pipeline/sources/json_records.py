@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
 
-from ..video_index import VideoError, file_identity
+from ..video_index import file_identity
 from .base import SourceError
+from .files import MAX_BYTES, check_file, check_size, open_file, parse_json, read_json
 from .npz_file import read_array
 
 JSON_SUFFIXES = (".json", ".jsonl")
@@ -34,21 +36,15 @@ class Entry:
 
 def entries_of(file: Path) -> list[Entry]:
     """The records of a file. Only a file that looks as if it held many is read for that."""
-    if file.suffix.lower() == ".jsonl":
-        with file.open("rb") as lines:
-            offset, entries = 0, []
-            for number, line in enumerate(lines):
-                if line.strip():
-                    entries.append(Entry(file, number, offset))
-                offset += len(line)
-        return entries
-    with file.open("rb") as opened:
-        head = opened.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not re.match(rb'\[|\{\s*"(?:[^"\\]|\\.)*"\s*:\s*\{', head):
-        return [Entry(file)]
     try:
-        data = _read_json(*file_identity(file))
-    except ValueError:
+        if file.suffix.lower() == ".jsonl":
+            return [Entry(file, number, offset) for number, offset, line in _lines(file) if line.strip()]
+        with open_file(file) as opened:
+            head = opened.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+        if not re.match(rb'\[|\{\s*"(?:[^"\\]|\\.)*"\s*:\s*\{', head):
+            return [Entry(file)]
+        data = _read_json(file)
+    except SourceError:
         return [Entry(file)]  # reading it as an episode says what is wrong
     if isinstance(data, list):
         return [Entry(file, index) for index in range(len(data))]
@@ -58,27 +54,38 @@ def entries_of(file: Path) -> list[Entry]:
 
 
 def _read(entry: Entry, where: str) -> dict[str, Any]:
-    try:
-        if entry.file.suffix.lower() == ".jsonl":
-            with entry.file.open("rb") as lines:
-                lines.seek(entry.offset)
-                data = json.loads(lines.readline())
-        else:
-            data = _read_json(*file_identity(entry.file))
-            data = data if entry.place is None else data[entry.place]
-    except (OSError, ValueError, RecursionError, VideoError) as error:
-        raise SourceError("unreadable_file", where, f"it is no JSON ({error})") from error
+    if entry.file.suffix.lower() == ".jsonl":
+        _, _, line = next(_lines(entry.file, entry.offset))
+        data = parse_json(line, where)
+    else:
+        data = _read_json(entry.file)
+        data = data if entry.place is None else data[entry.place]
     if not isinstance(data, dict):
         raise SourceError("bad_record", where, "the record is no JSON object")
     return data
 
 
+def _lines(file: Path, offset: int = 0) -> Iterator[tuple[int, int, bytes]]:
+    """(number, offset, line) of every line from `offset` on. SourceError where one is too long to be read."""
+    with open_file(file) as lines:
+        lines.seek(offset)
+        for number in count():
+            line = lines.readline(MAX_BYTES + 1)
+            check_size(len(line), file, f"its line {number}")
+            if not line and number:
+                return
+            yield number, offset, line
+            offset += len(line)
+
+
+def _read_json(file: Path) -> Any:
+    check_file(file)
+    return _cached_json(*file_identity(file))
+
+
 @lru_cache(maxsize=4)
-def _read_json(path: str, size: int, mtime_ns: int) -> Any:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+def _cached_json(path: str, size: int, mtime_ns: int) -> Any:
+    return read_json(path)
 
 
 def below(root: Path, file: Path, text: str) -> Path | None:
@@ -94,15 +101,7 @@ def below(root: Path, file: Path, text: str) -> Path | None:
             candidates.append(path)
         if folder == top:
             break
-    return next((path for path in candidates if is_file(path)), candidates[-1] if candidates else None)
-
-
-def is_file(path: Path) -> bool:
-    """False, too, for what no file can be called: too long a name, a zero byte, half a character."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
+    return next((path for path in candidates if os.path.isfile(path)), candidates[-1] if candidates else None)
 
 
 class Record:
@@ -117,7 +116,10 @@ class Record:
         self.data = _read(entry, self.where)
 
     def canonical(self) -> bytes:
-        return json.dumps(self.data, sort_keys=True).encode()
+        try:
+            return json.dumps(self.data, sort_keys=True).encode()
+        except RecursionError as error:
+            raise SourceError("bad_record", self.where, "the record is nested too deeply") from error
 
     def value(self, key: str) -> Any:
         """What stands under a key; the filled-in text for a path with keys in braces; None where there is nothing."""
@@ -149,7 +151,7 @@ class Record:
         path = below(self.root, self.file, value)
         if path is None:
             raise SourceError("outside_folder", self.where, f"{key} leads out of {self.root}: {value[:80]!r}")
-        if not is_file(path):
+        if not os.path.isfile(path):
             raise SourceError("missing_video", self.where, f"{key} names no file that is there: {value[:80]!r}")
         return path
 
@@ -180,7 +182,7 @@ class Record:
         path = below(self.root, self.file, text)
         if path is None:
             raise SourceError("outside_folder", self.where, f"{key} leads out of {self.root}: {value[:80]!r}")
-        if not is_file(path):
+        if not os.path.isfile(path):
             raise SourceError("unreadable_file", self.where, f"{key} names no file that is there: {text[:80]!r}")
         array = read_array(path, member)
         self.files_read.append(path)

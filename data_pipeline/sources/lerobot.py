@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
@@ -29,6 +30,8 @@ from .lerobot_metadata import (
     claimed_size,
     first_line,
     is_video,
+    open_table,
+    read_columns,
     read_metadata,
     video_properties,
 )
@@ -256,8 +259,8 @@ def _choose_columns(metadata: LeRobotMetadata, config: LeRobotConfig) -> _Column
 def _first_table(metadata: LeRobotMetadata) -> tuple[pa.Schema, dict[str, Any]]:
     for index in sorted(metadata.episodes):
         try:
-            parquet = pq.ParquetFile(metadata.episodes[index].table)
-            batch = next(parquet.iter_batches(batch_size=1), None)
+            parquet = open_table(metadata.episodes[index].table)
+            batch = next(parquet.iter_batches(batch_size=1, use_threads=False), None)
         except UNREADABLE:
             continue
         if batch is not None and batch.num_rows:
@@ -294,20 +297,23 @@ class _Rows:
 
 def _read_rows(record: EpisodeRecord, columns: _Columns, notes: list[str]) -> _Rows:
     path = record.table
-    if not path.is_file():
+    if not path.exists():
         raise SourceError("missing_table", str(path), f"there is no table for episode {record.index}")
     wanted = [name for name in (columns.action, columns.proprio, *columns.extra) if name is not None]
     try:
-        parquet = pq.ParquetFile(path)
+        parquet = open_table(path)
         present = [name for name in wanted if name in parquet.schema_arrow.names]
         if record.is_own_table:
-            table = parquet.read(columns=present)
+            table = read_columns(path, parquet, present)
         elif "episode_index" in present:
-            table = pq.read_table(path, columns=present, filters=[("episode_index", "=", record.index)])
+            table = read_columns(path, parquet, present, _row_groups_of(parquet, record.index))
+            table = table.filter(pc.field("episode_index") == record.index)
         elif record.first_row is not None and record.length is not None:
-            table = parquet.read(columns=present).slice(record.first_row, record.length)
+            table = read_columns(path, parquet, present).slice(record.first_row, record.length)
         else:
             raise SourceError("missing_table", str(path), f"nothing says which of its rows are episode {record.index}")
+    except SourceError:
+        raise
     except UNREADABLE as error:
         raise SourceError("unreadable_table", str(path), first_line(error)) from error
     lost = [name for name in (columns.action, columns.proprio) if name is not None and name not in present]
@@ -324,6 +330,18 @@ def _read_rows(record: EpisodeRecord, columns: _Columns, notes: list[str]) -> _R
             f"The metadata says {record.length} frames, the table has {len(rows)} rows: the table is believed."
         )
     return _in_frame_order(rows, path, notes)
+
+
+def _row_groups_of(parquet: pq.ParquetFile, episode: int) -> list[int]:
+    """The parts of a table that may hold rows of the episode, by their statistics."""
+    found = []
+    for number in range(parquet.metadata.num_row_groups):
+        group = parquet.metadata.row_group(number)
+        columns = {column.path_in_schema: column for column in map(group.column, range(group.num_columns))}
+        known = columns["episode_index"].statistics
+        if known is None or not known.has_min_max or known.min <= episode <= known.max:
+            found.append(number)
+    return found
 
 
 def _holds_numbers(column: pa.ChunkedArray) -> bool:

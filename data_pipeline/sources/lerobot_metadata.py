@@ -10,11 +10,10 @@ becomes a sentence in `repairs`; what cannot be understood is a UserError that s
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from configs.loader import UserError
+from configs.problems import show
+
+from .base import SourceError
+from .files import check_file, check_size, parse_json, read_bytes, read_json
 
 _V2_DATA_PATH = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
 _V2_VIDEO_PATH = "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
 _V3_DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 _V3_VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 
-UNREADABLE = (OSError, ValueError, pa.ArrowException)  # what pyarrow raises for a damaged parquet file
+UNREADABLE = (SourceError, OSError, ValueError, pa.ArrowException)  # what opening and reading a parquet file raises
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,25 @@ def read_metadata(path: Path) -> LeRobotMetadata:
     return metadata
 
 
+def open_table(path: Path) -> pq.ParquetFile:
+    """One of UNREADABLE where there is no parquet file."""
+    check_file(path)
+    return pq.ParquetFile(path)
+
+
+def read_columns(
+    path: Path, parquet: pq.ParquetFile, columns: Sequence[str], row_groups: Sequence[int] | None = None
+) -> pa.Table:
+    """One of UNREADABLE where that cannot be done, or takes too much memory."""
+    metadata = parquet.metadata
+    groups = list(range(metadata.num_row_groups) if row_groups is None else row_groups)
+    stored = [metadata.row_group(group).column(i) for group in groups for i in range(metadata.num_columns)]
+    wanted = [one for one in stored if any(f"{one.path_in_schema}.".startswith(f"{name}.") for name in columns)]
+    num_bytes = sum(max(8 * one.num_values, one.total_uncompressed_size) for one in wanted)
+    check_size(num_bytes, path, f"its {', '.join(columns)}")
+    return parquet.read_row_groups(groups, columns=list(columns), use_threads=False)
+
+
 def is_video(feature: dict[str, Any]) -> bool:
     return feature["dtype"] == "video"
 
@@ -147,9 +169,9 @@ def claimed_size(feature: dict[str, Any]) -> tuple[int, int] | None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); restore the file.") from error
+        data = read_json(path)
+    except SourceError as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error.detail}); restore the file.") from error
     if not isinstance(data, dict):
         raise UserError(f"{path}: must be a JSON object, found {type(data).__name__}; restore the file.")
     return data
@@ -159,13 +181,17 @@ def _read_json_lines(path: Path, index_key: str, notes: list[str]) -> dict[int, 
     """Rows by their index; a line that is no object with an index is left out."""
     rows: dict[int, dict[str, Any]] = {}
     broken = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    try:
+        lines = read_bytes(path).splitlines()
+    except SourceError as error:
+        raise UserError(f"{path}: cannot be read ({error.detail}); restore the file.") from error
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line, path)
             rows[_required_count(row[index_key])] = row
-        except (ValueError, TypeError, KeyError, IndexError, RecursionError):
+        except (SourceError, ValueError, TypeError, KeyError, IndexError):
             broken.append(number)
     if broken:
         notes.append(f"{path.name} has unreadable lines ({broken[0]} first, {len(broken)} in all): they are left out.")
@@ -175,7 +201,9 @@ def _read_json_lines(path: Path, index_key: str, notes: list[str]) -> dict[int, 
 def _positive_number(info: dict[str, Any], key: str, root: Path) -> float:
     value = info.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise UserError(f"{root}/meta/info.json: {key} must be a positive number, found {value!r}; correct the file.")
+        raise UserError(
+            f"{root}/meta/info.json: {key} must be a positive number, found {show(value)}; correct the file."
+        )
     return float(value)
 
 
@@ -208,7 +236,8 @@ def _read_tasks(root: Path, notes: list[str]) -> dict[int, str]:
         )
         return {}
     try:
-        table = pq.read_table(table_file)
+        parquet = open_table(table_file)
+        table = read_columns(table_file, parquet, parquet.schema_arrow.names)
     except UNREADABLE as error:
         notes.append(f"tasks.parquet cannot be read ({first_line(error)}): task texts are missing.")
         return {}
@@ -361,9 +390,9 @@ def _read_episode_tables(root: Path) -> list[dict[str, Any]]:
     files = sorted((root / "meta" / "episodes").glob("**/*.parquet"))
     for path in files:
         try:
-            parquet = pq.ParquetFile(path)
+            parquet = open_table(path)
             columns = [name for name in parquet.schema_arrow.names if not name.startswith("stats/")]
-            rows += [_clean(row) for row in parquet.read(columns=columns).to_pylist()]
+            rows += [_clean(row) for row in read_columns(path, parquet, columns).to_pylist()]
         except UNREADABLE as error:
             raise UserError(f"{path}: cannot be read as parquet ({first_line(error)}); restore the file.") from error
     rows = [row for row in rows if row.get("episode_index") is not None]
@@ -385,8 +414,8 @@ def _clean(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _count(value: Any) -> int | None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return int(value) if is_number and value >= 0 and value == int(value) else None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 2**63
+    return int(value) if is_number and value == int(value) else None
 
 
 def _required_count(value: Any) -> int:
@@ -402,7 +431,7 @@ def _seconds(value: Any) -> float | None:
 
 
 def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (error.detail if isinstance(error, SourceError) else str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _frames_before(rows: list[dict[str, Any]], cameras: dict[str, str]) -> dict[tuple[str, int], int]:
@@ -443,11 +472,11 @@ def _place(root: Path, template: Any, default: str, values: dict[str, Any]) -> P
         relative = (template if isinstance(template, str) else default).format(**values)
     except (KeyError, IndexError, ValueError, AttributeError) as error:
         raise UserError(
-            f"{root}/meta/info.json: the path template {template!r} cannot be filled in ({error!r})."
+            f"{root}/meta/info.json: the path template {show(template)} cannot be filled in ({error!r})."
         ) from error
     path = os.path.normpath(root / relative)
     if not Path(path).is_relative_to(os.path.normpath(root)):
-        raise UserError(f"{root}/meta/info.json: the path template {template!r} leads out of the dataset's folder.")
+        raise UserError(f"{root}/meta/info.json: the path template {show(template)} leads out of the dataset's folder.")
     return Path(path)
 
 

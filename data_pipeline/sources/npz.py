@@ -16,8 +16,9 @@ from configs.loader import UserError
 
 from ..embodiments import Embodiment
 from ..video_index import VideoError
-from .base import Episode, SourceError, StoredImages, check_dims, content_sha256, find_files, key_safe, stable_id
-from .npz_file import MAX_TABLE_BYTES, NpzIndex, StoredArray, index_npz, read_rows
+from .base import Episode, SourceError, StoredImages, check_dims, content_sha256, key_safe, stable_id
+from .files import check_size, find_files
+from .npz_file import NpzIndex, StoredArray, index_npz, read_rows
 from .step_arrays import (
     ACTION_KEYS,
     PROPRIO_KEYS,
@@ -237,8 +238,7 @@ class _Place:
             raise SourceError(
                 "wrong_dims", self.uri, f"{name} has shape {self.index.arrays[name].shape}: no rows of numbers"
             )
-        if info.num_rows * info.size * 8 > MAX_TABLE_BYTES:
-            raise SourceError("wrong_dims", self.uri, f"{name} is too large to be actions or proprio")
+        check_size(info.num_rows * info.size * 8, self.uri, name)
         return self.rows(name, range(info.num_rows), arrays)
 
     def footage(self, name: str, arrays: dict[str, ArrayInfo], fps: float) -> NpzImages | None:
@@ -247,6 +247,7 @@ class _Place:
         layout = picture_layout(info) if info is not None else None
         if info is None or layout is None or info.num_rows == 0:
             return None
+        self.index.arrays[name].check_rows(self.path, self._num_axes)
         is_bytes = info.dtype == np.uint8
         shown = sorted({0, info.num_rows // 2, info.num_rows - 1})
         samples = np.zeros(0) if is_bytes else self.rows(name, shown, arrays)

@@ -7,6 +7,8 @@ is unpacked from its start up to the wanted rows, and stays open at that place f
 from __future__ import annotations
 
 import errno
+import io
+import math
 import os
 import struct
 import tokenize
@@ -20,8 +22,9 @@ from typing import IO
 
 import numpy as np
 
-from ..video_index import PathLike, VideoError, file_identity
+from ..video_index import PathLike, file_identity
 from .base import SourceError
+from .files import LFS_DETAIL, LFS_POINTER, check_file, check_size, open_file
 
 _READ_ERRORS = (
     *(zipfile.BadZipFile, zlib.error, ValueError, RuntimeError, EOFError, struct.error, KeyError),
@@ -29,9 +32,7 @@ _READ_ERRORS = (
 )
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip member: the lengths of its name and of its extra field
 _BLOCK_BYTES = 2**20
-
-MAX_TABLE_BYTES = 2**30
-"""Of numbers that are read at once: a small archive can unpack to more than any memory holds."""
+_MAX_HEADER_BYTES = 2**16  # of a .npy; NumPy takes headers of 10,000 bytes, but reads as many as they claim to have
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,13 @@ class StoredArray:
 
     @property
     def num_bytes(self) -> int:
-        return int(np.prod(self.shape, dtype=object)) * self.dtype.itemsize  # exact: headers can lie
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def check_rows(self, path: PathLike, num_axes: int = 1) -> None:
+        """SourceError where reading a single row takes too much memory."""
+        row_bytes = math.prod(self.shape[num_axes:]) * self.dtype.itemsize
+        # Of columns that come first, no row is in one place: all of them are read.
+        check_size(self.num_bytes if self.is_fortran else row_bytes, path, f"a row of {self.member}")
 
 
 @dataclass(frozen=True)
@@ -63,10 +70,8 @@ class NpzIndex:
 
 def index_npz(path: PathLike) -> NpzIndex:
     """What the archive holds, from its headers; kept per process. SourceError where it is damaged."""
-    try:
-        return _cached_index(*file_identity(path))
-    except VideoError as error:
-        raise SourceError("missing_file", str(path), error.detail) from error
+    check_file(path)
+    return _cached_index(*file_identity(path))
 
 
 @lru_cache(maxsize=1024)
@@ -97,7 +102,7 @@ def _cached_index(path: str, size: int, mtime_ns: int) -> NpzIndex:
 def read_array(path: PathLike, member: str = "") -> np.ndarray:
     """The array in a .npy file, or one in a .npz: the named or the only one. SourceError where it cannot be read."""
     where = str(path)
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         if file.read(4) != b"PK\x03\x04":
             file.seek(0)
             return _read_npy(where, file)
@@ -108,8 +113,7 @@ def read_array(path: PathLike, member: str = "") -> np.ndarray:
     if member and member not in arrays:
         raise SourceError("unreadable_file", where, f"it has no array {member} that can be read, but {names}")
     array = arrays[member or next(iter(arrays))]
-    if array.num_bytes > MAX_TABLE_BYTES:
-        raise SourceError("bad_record", where, f"its array {array.member} is too large for a table of steps")
+    check_size(array.num_bytes, where, f"its array {array.member}")
     if not array.shape or not array.shape[0]:
         return np.empty(array.shape, array.dtype)
     try:
@@ -120,10 +124,11 @@ def read_array(path: PathLike, member: str = "") -> np.ndarray:
 
 def _read_npy(path: str, file: IO[bytes]) -> np.ndarray:
     try:
-        shape, _, dtype = _read_npy_header(file)
-        num_bytes = int(np.prod(shape, dtype=object)) * dtype.itemsize
-        if min(shape, default=0) < 0 or num_bytes > os.fstat(file.fileno()).st_size - file.tell():
+        shape, _, dtype, data_start = _read_npy_header(file)
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if min(shape, default=0) < 0 or num_bytes > os.fstat(file.fileno()).st_size - data_start:
             raise SourceError("truncated_file", path, "it ends before the last row of its array")
+        check_size(num_bytes, path, "its array")
         file.seek(0)
         return np.asarray(np.load(file, allow_pickle=False))
     except _READ_ERRORS as error:
@@ -134,16 +139,22 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    is_first_version = np.lib.format.read_magic(file) == (1, 0)  # the later ones have a longer length field
-    read = np.lib.format.read_array_header_1_0 if is_first_version else np.lib.format.read_array_header_2_0
-    return read(file)
+def _read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+    """(shape, whether columns come first, dtype, where the data starts)."""
+    start = file.read(12)
+    is_short = start[6:7] == b"\x01"  # the field that says how long the rest is
+    num_bytes = int.from_bytes(start[8:10], "little") + 10 if is_short else int.from_bytes(start[8:12], "little") + 12
+    if num_bytes > _MAX_HEADER_BYTES:
+        raise ValueError(f"its header claims to have {num_bytes} bytes")
+    head = io.BytesIO(start + file.read(max(0, num_bytes - len(start))))
+    np.lib.format.read_magic(head)
+    read = np.lib.format.read_array_header_1_0 if is_short else np.lib.format.read_array_header_2_0
+    return *read(head), head.tell()
 
 
 def _read_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo, file: IO[bytes]) -> StoredArray:
     with archive.open(info) as member:
-        shape, is_fortran, dtype = _read_npy_header(member)
-        data_start = member.tell()
+        shape, is_fortran, dtype, data_start = _read_npy_header(member)
     file_start = None
     if info.compress_type == zipfile.ZIP_STORED:
         file.seek(info.header_offset)
@@ -156,9 +167,8 @@ def _why_not_opened(path: str, error: Exception) -> SourceError:
         head = file.read(256)
     if not head:
         return SourceError("unreadable_file", path, "the file is empty")
-    if head.startswith(b"version https://git-lfs"):
-        detail = "it is a Git LFS pointer: fetch the real file with `git lfs pull`"
-        return SourceError("unreadable_file", path, detail)
+    if head.startswith(LFS_POINTER):
+        return SourceError("unreadable_file", path, LFS_DETAIL)
     if head.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(path):
         return SourceError("truncated_file", path, "its end is missing: copy or download it again")
     return SourceError("unreadable_file", path, f"it is not a readable .npz archive ({error})")
@@ -167,7 +177,7 @@ def _why_not_opened(path: str, error: Exception) -> SourceError:
 def read_rows(path: PathLike, array: StoredArray, rows: Sequence[int], num_axes: int = 1) -> np.ndarray:
     """Rows of an array, increasing; its first `num_axes` axes count as one. ValueError where they cannot be read."""
     shape = array.shape[num_axes:]
-    stride = int(np.prod(shape, dtype=object)) * array.dtype.itemsize
+    stride = math.prod(shape) * array.dtype.itemsize
     path, size, mtime_ns = file_identity(path)
     try:
         if array.is_fortran:

@@ -203,7 +203,7 @@ class RldsSource:
         try:
             record = read_record(shard.path, int(place[3]))
             _note_surplus(shard, notes)
-            steps = _Steps(uri, self._builder, parse_example(record.data), record.data)
+            steps = _Steps(uri, self._builder, parse_example(record.data, self._is_read), record.data)
         except RecordError as error:
             raise SourceError(error.reason, uri, error.detail) from error
         if steps.flag("invalid"):
@@ -243,6 +243,12 @@ class RldsSource:
             content_sha256=content_sha256([], record.data, (instruction or "").encode()),
             repairs=tuple(notes),
         )
+
+    def _is_read(self, name: str) -> bool:
+        """Whether a value of a record is looked at: the others may be large."""
+        step_key = name.removeprefix("steps/")
+        keys = (*self._image_keys, *self._action_keys, *self._proprio_keys, *self._instruction_keys)
+        return step_key == name or step_key in (*keys, "is_first", "is_last", self._builder.length_key)
 
     # --- what is read, the same for every episode ---
 
@@ -365,8 +371,7 @@ class _Steps:
         self._builder = builder
         self._values = values
         self._data = data
-        pictures = (key for key, leaf in builder.steps.items() if leaf.is_picture)
-        self.num_steps = len(self._value(next(k for k in ("is_first", "is_last", *pictures) if k in builder.steps)))
+        self.num_steps = len(self._value(builder.length_key))
         if self.num_steps == 0:
             raise SourceError("too_short", uri, "it has no steps")
 

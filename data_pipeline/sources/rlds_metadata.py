@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -16,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from configs.loader import UserError
+
+from .base import SourceError
+from .files import read_json, read_text
 
 MAX_VALUES = 4096  # of an action or of proprio
 _SHARD = re.compile(r"(?P<dataset>.+)-(?P<split>[^-]+)\.tfrecord-(?P<number>\d{5,})-of-(?P<total>\d{5,})")
@@ -73,6 +75,12 @@ class Builder:
     shards: tuple[Shard, ...]
     repairs: tuple[str, ...]
 
+    @property
+    def length_key(self) -> str:
+        """What there is one of in every step."""
+        pictures = (key for key, leaf in self.steps.items() if leaf.is_picture)
+        return next(key for key in ("is_first", "is_last", *pictures) if key in self.steps)
+
 
 def find_builders(path: Path) -> list[Path]:
     """Folders with RLDS episodes at or a few levels below `path`, sorted."""
@@ -87,8 +95,8 @@ def find_builders(path: Path) -> list[Path]:
 
 def _describes_steps(features_json: Path) -> bool:
     try:
-        return '"steps"' in features_json.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        return '"steps"' in read_text(features_json)
+    except SourceError:
         return False
 
 
@@ -105,7 +113,10 @@ def read_builder(path: Path) -> Builder:
     root = roots[0]
     tree = _read_json(root / "features.json")
     info = _read_json(root / "dataset_info.json") if (root / "dataset_info.json").is_file() else {}
-    leaves = dict(_leaves(tree, ""))
+    try:
+        leaves = dict(_leaves(tree, ""))
+    except RecursionError as error:
+        raise UserError(f"{root / 'features.json'}: is nested too deeply; it is not an RLDS dataset.") from error
     steps = {key.removeprefix("steps/"): leaf for key, leaf in leaves.items() if key.startswith("steps/")}
     if not steps:
         raise UserError(f"{root / 'features.json'}: describes no steps; it is not an RLDS dataset.")
@@ -122,9 +133,9 @@ def read_builder(path: Path) -> Builder:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); download the dataset's metadata again.") from error
+        data = read_json(path)
+    except SourceError as error:
+        raise UserError(f"{path}: cannot be read ({error.detail}); download the dataset's metadata again.") from error
     if not isinstance(data, dict):
         raise UserError(f"{path}: is not a JSON object; download the dataset's metadata again.")
     return data
@@ -142,7 +153,8 @@ def _leaves(feature: Any, key: str) -> Iterator[tuple[str, Leaf]]:
     content = _content(feature)
     match class_name:
         case "FeaturesDict":
-            for name, inner in content.get("features", content).items():
+            features = content.get("features", content)
+            for name, inner in features.items() if isinstance(features, dict) else ():
                 yield from _leaves(inner, f"{key}/{name}" if key else name)
         case "Dataset" | "Sequence" if key == "steps":
             yield from _leaves(content.get("feature"), key)
@@ -202,7 +214,8 @@ def _find_shards(root: Path, info: dict[str, Any]) -> tuple[tuple[Shard, ...], t
 def _episode_counts(info: dict[str, Any]) -> dict[str, list[int]]:
     """Episodes per file of each split; nothing for a split that is described in another way."""
     counts: dict[str, list[int]] = {}
-    for split in info.get("splits") or []:
+    splits = info.get("splits")
+    for split in splits if isinstance(splits, list) else ():
         try:
             counts[str(split["name"])] = [int(length) for length in split["shardLengths"]]
         except (KeyError, TypeError, ValueError):

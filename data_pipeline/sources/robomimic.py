@@ -40,10 +40,10 @@ from .base import (
     SourceError,
     check_dims,
     content_sha256,
-    find_files,
     key_safe,
     stable_id,
 )
+from .files import check_size, find_files
 from .hdf5 import (
     HDF5_SUFFIXES,
     Hdf5Images,
@@ -218,6 +218,7 @@ class RobomimicSource:
             mask = find_dataset(file, f"mask/{self._config.filter_key}")
             if mask is None or mask.ndim != 1 or mask.dtype.kind not in "SO":
                 return []
+            check_size(mask.size * mask.dtype.itemsize, f"{path}:{mask.name}", "the list of episodes")
             wanted = {name.decode() if isinstance(name, bytes) else str(name) for name in mask[()].tolist()}
             return [demo for demo in demos if demo in wanted]
 
@@ -367,6 +368,7 @@ def _success(demo: h5py.Group) -> bool | None:
     rewards = find_dataset(demo, "rewards")
     if rewards is None or rewards.ndim != 1 or rewards.dtype.kind not in "biuf":
         return None
+    check_size(rewards.size * max(4, rewards.dtype.itemsize), f"{demo.file.filename}:{rewards.name}", "the rewards")
     values: Float32[np.ndarray, "n"] = np.asarray(rewards[()], dtype=np.float32)
     is_sparse = np.isin(values, (0, 1)).all()
     return True if is_sparse and values.any() else None

@@ -6,8 +6,9 @@ message types along. Each format has an index of times, so a topic's times are k
 
 from __future__ import annotations
 
+import errno
 import io
-import os
+import resource
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,12 +24,15 @@ from PIL import Image
 from configs.loader import UserError
 
 from .base import SourceError
+from .files import bounded_memory, check_file, walk
 
 BAG_SUFFIXES = (".bag", ".mcap", ".db3")
 COMPRESSED_IMAGE = "sensor_msgs/msg/CompressedImage"
 RAW_IMAGE = "sensor_msgs/msg/Image"
 IMAGE_TYPES = (RAW_IMAGE, COMPRESSED_IMAGE)
 
+_MAX_UNPACKED_RATIO = 50  # raw pictures of a still room shrink to a tenth
+_MAX_METADATA_BYTES = 16 * 2**20  # of metadata.yaml, which is read as a whole, and slowly
 _MAX_UNWANTED = 8  # messages between two wanted ones that are read along rather than sought over
 _LAYOUT_FIELDS = ("header", "layout")  # of a message: about its numbers, not among them
 _CHANNELS = {
@@ -47,28 +51,32 @@ def find_bags(root: Path) -> list[Path]:
     if root.is_file():
         return [root] if root.suffix in BAG_SUFFIXES else []
     found = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    for folder, folders, names in walk(root):
         stored = [name for name in names if name.endswith((".db3", ".mcap", ".db3.zstd", ".mcap.zstd"))]
         if "metadata.yaml" in names and stored:
-            found.append(Path(folder))
+            found.append(folder)
             folders.clear()
         else:
-            found += [Path(folder, name) for name in names if name.endswith(BAG_SUFFIXES) and name[0] != "."]
+            found += [folder / name for name in names if name.endswith(BAG_SUFFIXES)]
     return sorted(found)
 
 
 def bag_files(path: Path) -> list[Path]:
     """What a recording consists of."""
-    return [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+    return sorted(file for file in path.iterdir() if not file.is_dir()) if path.is_dir() else [path]
 
 
 def open_bag(path: Path) -> Bag:
     """The open recording, kept per process. SourceError where it cannot be read."""
     try:
-        stats = [(file, file.stat()) for file in bag_files(path)]
+        files = bag_files(path)
+        for file in files:
+            check_file(file)
+        stats = [(file, file.stat()) for file in files]
     except OSError as error:
         raise SourceError("unreadable_file", str(path), f"it cannot be opened ({error.strerror})") from error
+    if any(file.name == "metadata.yaml" and stat.st_size > _MAX_METADATA_BYTES for file, stat in stats):
+        raise SourceError("too_large", str(path), "its metadata.yaml is no list of topics but far larger")
     return _opened(path, tuple((file.name, stat.st_size, stat.st_mtime_ns) for file, stat in stats))
 
 
@@ -87,7 +95,7 @@ class Bag:
         except ImportError as error:
             raise UserError("ROS recordings need an extra: pip install 'foresight-wam[ros]'.") from error
         self.path = path
-        with self._damage_named():
+        with self._damage_named(), _bounded_unpacking(bag_files(path)):
             # Recordings of ROS 2 before Iron name their message types without defining them: Humble's are taken.
             self._reader = AnyReader([path], default_typestore=get_typestore(Stores.ROS2_HUMBLE))
             self._reader.open()
@@ -164,16 +172,32 @@ class Bag:
     def _damage_named(self) -> Iterator[None]:
         """What parsers of damaged files raise is of many kinds, some of them plain assertions."""
         try:
-            yield
+            with bounded_memory(self.path):
+                yield
         except (SourceError, UserError):
             raise
         except Exception as error:
+            if isinstance(error, OSError) and error.errno == errno.EFBIG:
+                detail = f"it unpacks to more than {_MAX_UNPACKED_RATIO} times its size"
+                raise SourceError("too_large", str(self.path), detail) from error
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # this machine's fault: a full disk, too many open files
             detail = str(error) or type(error).__name__
             raise SourceError(
                 "unreadable_file", str(self.path), f"it is damaged, or no ROS recording ({detail})"
             ) from error
+
+
+@contextmanager
+def _bounded_unpacking(files: Sequence[Path]) -> Iterator[None]:
+    """A recording that is compressed as a whole is unpacked into a temporary folder, whatever comes out of it."""
+    before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limit = _MAX_UNPACKED_RATIO * max(file.stat().st_size for file in files)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit if before == resource.RLIM_INFINITY else min(limit, before), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
 
 
 def _db3_times(path: Path, topic: str) -> list[int]:

@@ -19,7 +19,7 @@ from pydantic import Field, PositiveFloat
 from configs.loader import UserError
 
 from ..embodiments import Embodiment
-from .base import SourceConfig, SourceError, key_safe
+from .base import SourceConfig, SourceError, as_bytes, key_safe
 
 ACTION_KEYS = ("action", "actions")
 PROPRIO_KEYS = ("proprio", "state", "states", "robot_state", "agent_pos", "robot_eef_pose", "qpos")
@@ -100,8 +100,7 @@ class PictureLayout:
         frames = np.moveaxis(rows, 1, -1) if self.has_channels_first else rows
         frames = frames[..., :3] if self.num_channels == 4 else frames[..., -3:]
         if frames.dtype != np.uint8:
-            values = np.nan_to_num(frames.astype(np.float32) * np.float32(self.scale) + np.float32(self.offset))
-            frames = np.rint(values).clip(0, 255).astype(np.uint8)
+            frames = as_bytes(frames, self.scale, self.offset)
         return np.ascontiguousarray(frames)
 
 

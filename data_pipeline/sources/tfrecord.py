@@ -10,16 +10,23 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 
 import google_crc32c
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int64, UInt8
+
+from .base import SourceError
+from .files import MAX_BYTES, check_file
 
 _HEADER = struct.Struct("<QI")  # length of the payload, checksum of these eight bytes
 _FOOTER = struct.Struct("<I")  # checksum of the payload
+
+_MAX_PLACES = 2**21  # entries of a list that have a place each: steps, not pixels
+_BLOCK_VALUES = 2**16
 
 Feature = np.ndarray | list[slice]
 """Numbers (float32 or int64, one axis), or where in the message each byte string lies: pictures stay where they are."""
@@ -61,9 +68,10 @@ def masked_crc32c(data: bytes) -> int:
 def index_records(path: str | os.PathLike[str]) -> RecordIndex:
     """Reads the twelve bytes before each record, nothing else; kept per process. RecordError if there is no file."""
     try:
+        check_file(path)
         stat = os.stat(path)
-    except OSError as error:
-        raise RecordError("missing_file", "there is no such file") from error
+    except SourceError as error:
+        raise RecordError(error.reason, error.detail) from error
     return _cached_index(os.fspath(path), stat.st_size, stat.st_mtime_ns)
 
 
@@ -110,9 +118,13 @@ def read_record(path: str | os.PathLike[str], number: int) -> Record:
     if number >= len(index.starts):
         raise index.damage or RecordError("missing_record", f"it has {len(index.starts)} records")
     start, size = int(index.starts[number]), int(index.sizes[number])
+    if size > MAX_BYTES:
+        raise RecordError(
+            "too_large", f"record {number} has {size / 2**30:.3g} GB, at most {MAX_BYTES / 2**30:g} are read"
+        )
     with open(path, "rb", buffering=0) as file:
-        data = os.pread(file.fileno(), size + _FOOTER.size, start)
-    payload, footer = data[:size], data[size:]
+        payload = os.pread(file.fileno(), size, start)
+        footer = os.pread(file.fileno(), _FOOTER.size, start + size)
     if len(footer) < _FOOTER.size:
         raise RecordError("truncated_file", f"it ends in the middle of record {number}")
     if masked_crc32c(payload) != _FOOTER.unpack(footer)[0]:
@@ -123,12 +135,12 @@ def read_record(path: str | os.PathLike[str], number: int) -> Record:
 # --- messages --------------------------------------------------------------------------------------------------------
 
 
-def parse_example(data: bytes) -> dict[str, Feature]:
-    """The features of a `tf.train.Example`. RecordError where the bytes are no such message."""
+def parse_example(data: bytes, is_wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Feature]:
+    """The wanted features of a `tf.train.Example`. RecordError where the bytes are no such message."""
     features: dict[str, Feature] = {}
     for field, start, end in _fields(data, 0, len(data)):
         if field == 1:
-            features |= _features(data, start, end)
+            features |= _features(data, start, end, is_wanted)
     return features
 
 
@@ -138,15 +150,16 @@ def parse_sequence_example(data: bytes) -> tuple[dict[str, Feature], dict[str, l
     lists: dict[str, list[Feature]] = {}
     for field, start, end in _fields(data, 0, len(data)):
         if field == 1:
-            context |= _features(data, start, end)
+            context |= _features(data, start, end, lambda name: True)
         elif field == 2:
             for name, first, last in _map_entries(data, start, end):
                 lists[name] = [_feature(data, a, b) for number, a, b in _fields(data, first, last) if number == 1]
     return context, lists
 
 
-def _features(data: bytes, start: int, end: int) -> dict[str, Feature]:
-    return {name: _feature(data, first, last) for name, first, last in _map_entries(data, start, end)}
+def _features(data: bytes, start: int, end: int, is_wanted: Callable[[str], bool]) -> dict[str, Feature]:
+    entries = _map_entries(data, start, end)
+    return {name: _feature(data, first, last) for name, first, last in entries if is_wanted(name)}
 
 
 def _map_entries(data: bytes, start: int, end: int) -> Iterator[tuple[str, int, int]]:
@@ -161,7 +174,9 @@ def _map_entries(data: bytes, start: int, end: int) -> Iterator[tuple[str, int, 
 
 def _feature(data: bytes, start: int, end: int) -> Feature:
     kind, list_start, list_end = next(_fields(data, start, end), (0, 0, 0))  # one of three kinds of list, or none
-    places = [slice(a, b) for number, a, b in _fields(data, list_start, list_end) if number == 1]
+    places = list(islice(_places(data, list_start, list_end), _MAX_PLACES + 1))
+    if len(places) > _MAX_PLACES:
+        raise RecordError("too_large", f"a list has more than {_MAX_PLACES} entries of their own")
     if kind == 1:
         return places
     packed = b"".join(data[place] for place in places)  # one run of numbers, or each number on its own
@@ -170,6 +185,10 @@ def _feature(data: bytes, start: int, end: int) -> Feature:
             raise RecordError("bad_record", "a list of numbers ends in the middle of one")
         return np.frombuffer(packed, "<f4")
     return _varints(packed)
+
+
+def _places(data: bytes, start: int, end: int) -> Iterator[slice]:
+    return (slice(first, last) for number, first, last in _fields(data, start, end) if number == 1)
 
 
 def _fields(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
@@ -209,13 +228,25 @@ def _varint(data: bytes, position: int, end: int) -> tuple[int, int]:
 
 
 def _varints(packed: bytes) -> Int64[np.ndarray, "n"]:
-    """All numbers of a packed list at once: a picture stored as a list of integers has a million of them."""
+    """Many numbers of a packed list at once: a picture stored as a list of integers has a million of them."""
     groups = np.frombuffer(packed, np.uint8)
-    if not len(groups):
-        return np.zeros(0, np.int64)
-    ends = np.flatnonzero(groups < 128)
+    num_values = int(np.count_nonzero(groups < 128))
+    if 8 * num_values > MAX_BYTES:
+        raise RecordError("too_large", f"a list has {num_values} numbers")
+    values, first = np.zeros(num_values, np.int64), 0
+    for start in range(0, num_values, _BLOCK_VALUES):
+        block = groups[first : first + 10 * _BLOCK_VALUES]
+        ends = np.flatnonzero(block < 128)[:_BLOCK_VALUES]
+        values[start : start + len(ends)] = _block_of_varints(block[: ends[-1] + 1], ends)
+        first += int(ends[-1]) + 1
+    if first < len(groups):
+        raise RecordError("bad_record", "a number in its payload has no end")
+    return values
+
+
+def _block_of_varints(groups: UInt8[np.ndarray, "b"], ends: Int64[np.ndarray, "n"]) -> Int64[np.ndarray, "n"]:
     starts = np.concatenate([[0], ends[:-1] + 1])
-    if not len(ends) or ends[-1] != len(groups) - 1 or np.max(ends - starts) > 9:
+    if np.max(ends - starts) > 9:
         raise RecordError("bad_record", "a number in its payload has no end")
     place = np.arange(len(groups)) - np.repeat(starts, ends - starts + 1)
     bits = (groups & 127).astype(np.uint64) << (7 * place).astype(np.uint64)

@@ -22,7 +22,8 @@ from typing import Any
 from configs.loader import UserError
 
 from ..video_io import VIDEO_SUFFIXES
-from .base import printable
+from .base import SourceError, printable
+from .files import check_file
 
 CAPTION_KEYS = ("instruction", "caption", "text", "description", "label")
 
@@ -61,14 +62,15 @@ def read_annotations(paths: Sequence[Path]) -> dict[str, list[Annotation]]:
 
 def _read(path: Path) -> Any:
     try:
+        check_file(path)
         with path.open(encoding="utf-8-sig", newline="") as file:
             if path.suffix.lower() == ".csv":
                 return list(csv.DictReader(file))
             if path.suffix.lower() == ".jsonl":
                 return [json.loads(line) for line in file if line.strip()]
             return json.load(file)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no such file; `annotations` is relative to the folder of videos.") from error
+    except SourceError as error:
+        raise UserError(f"{path}: {error.detail}; `annotations` is relative to the folder of videos.") from error
     except (OSError, ValueError, csv.Error, RecursionError) as error:
         raise UserError(f"{path}: these annotations cannot be read ({error}); CSV and JSON are.") from error
 

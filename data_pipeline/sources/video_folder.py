@@ -6,8 +6,6 @@ A caption for `a/b.mp4` is the text of `a/b.txt`, or a string under one of `CAPT
 
 from __future__ import annotations
 
-import json
-import os
 from collections import Counter
 from functools import cached_property
 from pathlib import Path
@@ -25,11 +23,11 @@ from .base import (
     SourceError,
     VideoSegment,
     content_sha256,
-    find_files,
     key_safe,
     printable,
     stable_id,
 )
+from .files import find_files, read_json, read_text, walk
 from .video_annotations import CAPTION_KEYS, Annotation, read_annotations
 
 UNREAD_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".npy", ".npz", ".h5", ".hdf5")
@@ -184,14 +182,14 @@ def _read_caption(video: Path) -> tuple[str | None, tuple[str, ...]]:
     text_file, json_file = video.with_suffix(".txt"), video.with_suffix(".json")
     try:
         if text_file.is_file():
-            return " ".join(text_file.read_text(encoding="utf-8").split()) or None, ()
+            return " ".join(read_text(text_file).split()) or None, ()
         if json_file.is_file():
-            data = json.loads(json_file.read_text(encoding="utf-8"))
+            data = read_json(json_file)
             for key in CAPTION_KEYS if isinstance(data, dict) else ():
                 if isinstance(data.get(key), str) and data[key].strip():
                     return " ".join(printable(data[key]).split()), ()
-    except (OSError, ValueError, RecursionError) as error:
-        return None, (f"The caption beside {video.name} cannot be read ({error}): the episode has none.",)
+    except SourceError as error:
+        return None, (f"The caption beside {video.name} cannot be read ({error.detail}): the episode has none.",)
     return None, ()
 
 
@@ -202,9 +200,8 @@ def _unread_files(root: Path, videos: list[Path]) -> list[str]:
     """Sentences about annotation files near the videos that nobody reads."""
     captions = {video.with_suffix(".json") for video in videos}
     found: Counter[str] = Counter()
-    for folder, folders, names in os.walk(root if root.is_dir() else root.parent):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        paths = [Path(folder, name) for name in names if not name.startswith(".")]
+    for folder, _, names in walk(root if root.is_dir() else root.parent):
+        paths = [folder / name for name in names]
         found.update(path.suffix.lower() for path in paths if path not in captions)
     counts = ", ".join(f"{found[suffix]} {suffix[1:]}" for suffix in UNREAD_SUFFIXES if found[suffix])
     notes = []
@@ -224,8 +221,8 @@ def _unread_files(root: Path, videos: list[Path]) -> list[str]:
 
 def _holds_number_lists(path: Path) -> bool:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        data = read_json(path)
+    except SourceError:
         return False
     lists = [value for value in data.values() if isinstance(value, list)] if isinstance(data, dict) else []
     return any(len(value) > 4 and isinstance(value[0], int | float | list) for value in lists)

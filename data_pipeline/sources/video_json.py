@@ -39,7 +39,8 @@ from configs.loader import UserError
 from ..embodiments import Embodiment
 from ..video_io import VIDEO_SUFFIXES, VideoError, VideoInfo, probe_video
 from .base import Episode, SourceConfig, SourceError, VideoSegment, content_sha256, key_safe, printable, stable_id
-from .json_records import JSON_SUFFIXES, Entry, Record, below, entries_of, is_file
+from .files import walk
+from .json_records import JSON_SUFFIXES, Entry, Record, below, entries_of
 from .video_annotations import CAPTION_KEYS
 from .video_folder import video_repairs
 
@@ -382,7 +383,7 @@ def named_videos(data: Any, file: Path, root: Path) -> dict[tuple[str, ...], Pat
     for keys, text in _texts(data, ()):
         if text.lower().endswith(VIDEO_SUFFIXES):
             path = below(root, file, text)
-            if path is not None and is_file(path) and path not in found.values():
+            if path is not None and os.path.isfile(path) and path not in found.values():
                 found[keys] = path
     return found
 
@@ -422,10 +423,8 @@ def names_videos(path: Path) -> bool:
 
 def find_records(root: Path) -> Iterator[Path]:
     """The JSON files of every folder at or below `root` in which one of the first three names a video that is there."""
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        names = sorted(name for name in names if name.lower().endswith(JSON_SUFFIXES) and not name.startswith("."))
-        files = [Path(folder, name) for name in names]
+    for folder, _, names in walk(root):
+        files = [folder / name for name in names if name.lower().endswith(JSON_SUFFIXES)]
         if any(_names_a_video(file, root) for file in files[:3]):
             yield from files
 

@@ -5,7 +5,7 @@ after the other, and `meta/episode_ends` (https://github.com/real-stanford/diffu
 from __future__ import annotations
 
 import hashlib
-import os
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +20,7 @@ from configs.loader import UserError
 from ..embodiments import Embodiment
 from ..video_index import VideoError
 from .base import Episode, SourceError, StoredImages, check_dims, content_sha256, key_safe
+from .files import check_size, walk
 from .step_arrays import (
     ArrayInfo,
     Choice,
@@ -71,7 +72,7 @@ class ZarrImages(StoredImages):
             raise VideoError("out_of_range", self.path, f"frames {list(positions)[:3]} of {self.num_frames}")
         try:
             rows = read_rows(self.path, self.key, (self.first_row + wanted).tolist())
-        except READ_ERRORS as error:
+        except (*READ_ERRORS, SourceError) as error:
             raise VideoError("undecodable_video", self.path, f"{self.key}: {error}") from error
         return self.layout.to_rgb(rows)[row_of_position]
 
@@ -147,7 +148,9 @@ class ZarrSource:
             if name not in part.buffer.arrays:
                 continue
             part.check_pictures(name)
-            layout, array = part.buffer.layout(name), part.buffer.arrays[name]
+            array, row_shape = part.buffer.arrays[name], part.buffer.infos[name].shape
+            check_size(math.prod(row_shape) * array.dtype.itemsize, part.uri, f"each row of {name}")
+            layout = part.buffer.layout(name)
             if layout is not None:
                 describe_pictures(name, layout, array.dtype, notes)
                 stored_as = f"{array.dtype.name} array"
@@ -190,12 +193,11 @@ def find_buffers(root: Path) -> list[Path]:
     if is_store_with(root, ENDS):
         return [root]
     found = []
-    for folder, folders, names in os.walk(root):
-        stores = [name for name in folders if is_store_with(Path(folder, name), ENDS)]
-        found += [Path(folder, name) for name in stores]
-        folders[:] = [name for name in folders if name not in stores and not name.startswith(".")]
-        archives = [name for name in names if name.endswith(".zarr.zip") and not name.startswith(".")]
-        found += [Path(folder, name) for name in archives if is_store_with(Path(folder, name), ENDS)]
+    for folder, folders, names in walk(root):
+        stores = [name for name in folders if is_store_with(folder / name, ENDS)]
+        folders[:] = [name for name in folders if name not in stores]
+        archives = [name for name in names if name.endswith(".zarr.zip") and is_store_with(folder / name, ENDS)]
+        found += [folder / name for name in (*stores, *archives)]
     return sorted(found)
 
 
@@ -228,7 +230,7 @@ class _Buffer:
             self.ends: Int64[np.ndarray, "n"] = (
                 read_rows(path, ENDS, range(ends.shape[0])).astype(np.int64) if ends.shape[0] else np.zeros(0, np.int64)
             )
-        except (*READ_ERRORS, OSError, VideoError) as error:
+        except (*READ_ERRORS, SourceError, OSError, VideoError) as error:
             raise UserError(f"{path}: its episodes cannot be read: {error}.") from error
         if np.any(np.diff(self.ends, prepend=0) < 0):
             raise UserError(f"{path}: {ENDS} goes backwards; the store is damaged.")
@@ -273,6 +275,8 @@ class _Part:
 
     def rows(self, name: str) -> np.ndarray:
         self._check_length(name)
+        info = self.buffer.infos[name]
+        check_size((self.end - self.first) * info.size * info.dtype.itemsize, self.uri, f"its part of {name}")
         return self.buffer.read(name, range(self.first, self.end))
 
     def check_pictures(self, name: str) -> None:
@@ -307,9 +311,9 @@ class _Part:
         return digest.digest()
 
     def _missing_chunks(self, name: str) -> list[str]:
-        return [
-            key for key in self.buffer.arrays[name].chunk_keys(self.first, self.end) if key not in self.buffer.files
-        ]
+        array = self.buffer.arrays[name]
+        check_size(100 * array.num_chunks(self.first, self.end), self.uri, f"the list of the chunks of {name}")
+        return [key for key in array.chunk_keys(self.first, self.end) if key not in self.buffer.files]
 
     def _check_length(self, name: str) -> None:
         num_rows = self.buffer.infos[name].num_rows

@@ -7,7 +7,6 @@ unpickle, and because a missing chunk (a broken download) would silently read as
 from __future__ import annotations
 
 import itertools
-import json
 import lzma
 import math
 import os
@@ -22,6 +21,8 @@ from typing import Any
 import numpy as np
 
 from ..video_index import VideoError, file_identity
+from .base import SourceError
+from .files import MAX_BYTES, bounded_memory, check_file, check_size, parse_json, read_bytes
 
 NUMBER_CODECS = frozenset(
     [
@@ -47,8 +48,6 @@ NUMBER_CODECS = frozenset(
     ]
 )
 FORMAT_3_CODECS = frozenset(("bytes", "transpose", "sharding_indexed"))
-MAX_CHUNK_BYTES = 2 * 2**30  # one chunk is unpacked as a whole
-
 READ_ERRORS = (
     *(ValueError, RuntimeError, KeyError, TypeError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile),
     SystemError,  # blosc, for a length that is negative
@@ -71,10 +70,11 @@ class StoreFiles:
         if key not in self:
             return None
         if self._zip is None:
-            return (self.path / key).read_bytes()
-        if self._zip.getinfo(key).file_size > MAX_CHUNK_BYTES:
-            raise ValueError(f"{key} is too large to unpack")
-        return self._zip.read(key)
+            return read_bytes(self.path / key)
+        size = self._zip.getinfo(key).file_size
+        check_size(size, self.path, key)
+        with self._zip.open(key) as member:
+            return member.read(size + 1)  # not all that it unpacks to: its size may be a lie
 
     def children(self, key: str) -> list[str]:
         """Names of the arrays and groups directly below a group."""
@@ -98,11 +98,17 @@ class StoredArray:
     chunk_prefix: str
     separator: str
 
+    def _grid(self, first: int, end: int) -> list[range]:
+        rows = range(first // self.chunk_shape[0], -(-end // self.chunk_shape[0]))
+        others = (range(-(-size // chunk)) for size, chunk in zip(self.shape[1:], self.chunk_shape[1:], strict=True))
+        return [rows, *others]
+
+    def num_chunks(self, first: int, end: int) -> int:
+        return math.prod(part.stop - part.start for part in self._grid(first, end))  # a length may not fit into `len`
+
     def chunk_keys(self, first: int, end: int) -> Iterator[str]:
         """The files of the store that hold rows [first, end)."""
-        rows = range(first // self.chunk_shape[0], -(-end // self.chunk_shape[0]))
-        others = [range(-(-size // chunk)) for size, chunk in zip(self.shape[1:], self.chunk_shape[1:], strict=True)]
-        for place in itertools.product(rows, *others):
+        for place in itertools.product(*self._grid(first, end)):
             yield f"{self.key}/{self.chunk_prefix}{self.separator.join(map(str, place))}"
 
 
@@ -111,8 +117,9 @@ def is_store_with(path: Path, key: str) -> bool:
     if path.is_dir():
         return any((path / key / name).is_file() for name in (".zarray", "zarr.json"))
     try:
+        check_file(path)
         files = open_files(path)
-    except (*READ_ERRORS, OSError, VideoError):  # not a zip file, or none that can be read
+    except (*READ_ERRORS, SourceError, OSError, VideoError):  # not a zip file, or none that can be read
         return False
     return f"{key}/.zarray" in files or f"{key}/zarr.json" in files
 
@@ -156,13 +163,15 @@ def read_array(files: StoreFiles, key: str) -> StoredArray | None:
     if old is None and new is None:
         return None
     try:
-        metadata = json.loads(old or new or b"")
+        metadata = parse_json(old or new or b"", files.path / key)
         if old is None and metadata.get("node_type") != "array":
             return None
         array, codecs = _format_2(key, metadata) if old is not None else _format_3(key, metadata)
     # NumPy parses dtypes as Python.
     except (KeyError, TypeError, AttributeError, ValueError, SyntaxError, RecursionError, OverflowError) as error:
         raise ValueError(f"its metadata cannot be understood ({type(error).__name__}: {error})") from error
+    except SourceError as error:
+        raise ValueError(f"its metadata cannot be understood ({error.detail})") from error
     unknown = ", ".join(sorted(set(codecs) - NUMBER_CODECS - FORMAT_3_CODECS))
     if unknown:
         raise ValueError(f"it has the codec {unknown}, which is not supported; save it again with blosc or zstd")
@@ -171,7 +180,7 @@ def read_array(files: StoreFiles, key: str) -> StoredArray | None:
     sizes = (*array.shape, *(chunk - 1 for chunk in array.chunk_shape))
     if not array.shape or len(array.shape) != len(array.chunk_shape) or min(sizes) < 0:
         raise ValueError(f"its shape {list(array.shape)} in chunks of {list(array.chunk_shape)} makes no rows")
-    if math.prod(array.chunk_shape) * array.dtype.itemsize > MAX_CHUNK_BYTES:
+    if math.prod(array.chunk_shape) * array.dtype.itemsize > MAX_BYTES:
         raise ValueError(f"its chunks of {list(array.chunk_shape)} are too large to unpack")
     if (
         math.prod(-(-size // chunk) for size, chunk in zip(array.shape[1:], array.chunk_shape[1:], strict=True))
@@ -215,7 +224,8 @@ def read_rows(path: str | Path, key: str, rows: Sequence[int]) -> np.ndarray:
     """Rows of an array, increasing. One of READ_ERRORS where the store is damaged."""
     array = _cached_array(*file_identity(path), key)
     is_run = rows[-1] - rows[0] == len(rows) - 1
-    return np.asarray(array[rows[0] : rows[-1] + 1] if is_run else array.oindex[np.asarray(rows)])
+    with bounded_memory(path):
+        return np.asarray(array[rows[0] : rows[-1] + 1] if is_run else array.oindex[np.asarray(rows)])
 
 
 @lru_cache(maxsize=64)
@@ -223,5 +233,11 @@ def _cached_array(path: str, size: int, mtime_ns: int, key: str) -> Any:
     import zarr  # takes most of a second, and few commands meet a store
     from zarr.storage import LocalStore, ZipStore
 
-    store = LocalStore(path, read_only=True) if os.path.isdir(path) else ZipStore(path, mode="r")
+    class RegularFiles(LocalStore):
+        """What is a pipe is not there."""
+
+        async def get(self, key: str, *settings: Any, **named: Any) -> Any:
+            return await super().get(key, *settings, **named) if (self.root / key).is_file() else None
+
+    store = RegularFiles(path, read_only=True) if os.path.isdir(path) else ZipStore(path, mode="r")
     return zarr.open_array(store, path=key, mode="r")

@@ -309,7 +309,7 @@ def test_a_bad_episode_is_its_own_problem(tmp_path: Path) -> None:
         "2": "truncated_file",
         "3": "not_a_video",
         "4": "outside_folder",
-        "5": "bad_record",
+        "5": "unreadable_file",
         "6": "frame_count_mismatch",
         "7": "bad_record",
     }
