@@ -7,11 +7,12 @@ indexed once. The functions that decode stand in `video_io`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from itertools import chain
 
 import av
 import numpy as np
@@ -20,6 +21,7 @@ from av.stream import Discard, Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from .damage import CheckedDecoder, ask_for_checks
 from .video_pixels import Picture
 
 PathLike = str | os.PathLike[str]
@@ -116,7 +118,7 @@ def _cached_index(path: str, size: int, mtime_ns: int) -> VideoIndex:
         picture: Picture | None = None
         for packet in container.demux(stream):
             if picture is None:
-                picture = next((Picture.of(frame, stream) for frame in _decode_packet(packet)), None)
+                picture = _picture(packet, stream)
             if packet.size == 0:  # the demuxer's end mark, or (with a timestamp) a frame that the recorder dropped
                 num_packets += packet.dts is not None
                 continue
@@ -156,6 +158,8 @@ def _index_by_decoding(path: str, picture: Picture) -> VideoIndex:
     with open_video(path) as container:
         stream = video_stream(container, path)
         pts = [frame.pts for frame in decode_from_start(container, stream)]
+        if not pts:
+            raise VideoError("undecodable_video", path, "none of its frames decodes without damage")
         time_base = _time_base(stream)
         times = np.asarray([-1 if value is None else value for value in pts], dtype=np.int64)
         if np.any(times < 0) or np.any(np.diff(times) <= 0):  # no clock at all: the nominal rate is all there is
@@ -297,27 +301,32 @@ def video_stream(container: InputContainer, path: PathLike) -> VideoStream:
         if stream is not main:
             stream.discard = Discard.all
     main.codec_context.thread_count = 1
+    ask_for_checks(main)
     return main
 
 
 def decode_from_start(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
-    for packet in container.demux(stream):
-        yield from _decode_packet(packet)
+    """Frames without damage in presentation order, from where the container stands."""
+    return _decode_packets(container.demux(stream), stream)
 
 
 def decode_from_key(
     container: InputContainer, stream: VideoStream, index: VideoIndex, key: int, path: PathLike
 ) -> Iterator[VideoFrame]:
-    """Frames in presentation order, starting at or before keyframe number `key`."""
+    """Frames without damage in presentation order, starting at or before keyframe number `key`."""
     packets = packets_from_key(container, stream, index, key)
     first = next(packets, None)
     if first is None:  # the format cannot seek at all
         with open_video(path) as fresh:
             yield from decode_from_start(fresh, video_stream(fresh, path))
         return
-    yield from _decode_packet(first)
+    yield from _decode_packets(chain([first], packets), stream)
+
+
+def _decode_packets(packets: Iterable[av.Packet], stream: VideoStream) -> Iterator[VideoFrame]:
+    decoder = CheckedDecoder(stream)
     for packet in packets:
-        yield from _decode_packet(packet)
+        yield from decoder.decode(packet)
 
 
 def packets_from_key(
@@ -338,13 +347,14 @@ def packets_from_key(
             return
 
 
-def _decode_packet(packet: av.Packet) -> Sequence[VideoFrame]:
-    if packet.size == 0 and packet.dts is not None:  # a dropped frame; the decoder would take it for the end
-        return ()
+def _picture(packet: av.Packet, stream: VideoStream) -> Picture | None:
+    """Of the first frame that comes out, by the stream's own decoder: no other is told how the picture is turned."""
+    if packet.size == 0 and packet.dts is not None:
+        return None
     try:
-        return packet.decode()  # type: ignore[return-value]
-    except av.FFmpegError:  # a damaged packet; a wanted frame that is lost with it is noticed by its absence
-        return ()
+        return next((Picture.of(frame, stream) for frame in stream.codec_context.decode(packet)), None)
+    except av.FFmpegError:
+        return None
 
 
 def _time_base(stream: VideoStream) -> Fraction:

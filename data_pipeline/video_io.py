@@ -195,7 +195,7 @@ def _numbered_frames(container: InputContainer, stream: VideoStream, first: int)
     start = stream.start_time or 0
     if first >= GOP:
         container.seek(start + round(first / rate / time_base), stream=stream)
-    for frame in container.decode(stream):
+    for frame in decode_from_start(container, stream):
         if frame.pts is not None:
             yield round((frame.pts - start) * time_base * rate), frame
 
@@ -268,8 +268,7 @@ class _Reader:
                 return None
             place = self._index.position(self._current) if self._index.can_seek else count
             self._position = self._position if place is None else place
-        is_it = self._position == position and self._current is not None and not self._current.is_corrupt
-        return self._current if is_it else None
+        return self._current if self._position == position else None
 
 
 _idle_readers: OrderedDict[tuple[str, int, int], _Reader] = OrderedDict()
@@ -285,9 +284,16 @@ def _reader(path: PathLike, index: VideoIndex) -> Iterator[_Reader]:
         reader = reader or _Reader(path, index)
         try:
             yield reader
+        except VideoError:  # of a damaged frame; the reader can go on
+            _keep_open(identity, reader)
+            raise
         except BaseException:
             reader.close()
             raise
+    _keep_open(identity, reader)
+
+
+def _keep_open(identity: tuple[str, int, int], reader: _Reader) -> None:
     _idle_readers[identity] = reader
     while len(_idle_readers) > _MAX_OPEN_FILES:
         _idle_readers.popitem(last=False)[1].close()

@@ -13,6 +13,7 @@ from av.video.stream import VideoStream
 from jaxtyping import Float64, UInt8
 from PIL import Image
 
+from .. import nal_units
 from ..sources.base import Footage, VideoSegment
 from ..video_index import VideoIndex, index_video, open_video, video_stream
 from ..video_io import frame_indices_at
@@ -106,28 +107,7 @@ def _hash_packets(path: str, index: VideoIndex, first: int, end: int, *, seeks: 
 
 
 def _payloads(packet: Packet, stream: VideoStream) -> Iterator[bytes]:
-    """The packet's bytes; of H.264 and HEVC only the slices, without what containers put around and before them."""
-    codec = stream.codec_context.codec.canonical_name
-    if codec not in ("h264", "hevc"):
+    if stream.codec_context.codec.canonical_name in nal_units.CODECS:
+        yield from nal_units.slices(packet, stream.codec_context)
+    else:
         yield bytes(packet)
-        return
-    extradata = stream.codec_context.extradata or b""
-    has_lengths = extradata[:1] == b"\x01"  # MP4 and Matroska; MPEG-TS has start codes
-    size_at = 4 if codec == "h264" else 21  # ISO/IEC 14496-15: where avcC and hvcC say how long the lengths are
-    units = _with_lengths(bytes(packet), 1 + (extradata[size_at] & 3)) if has_lengths else _start_codes(bytes(packet))
-    for unit in units:
-        is_slice = bool(unit) and (1 <= unit[0] & 31 <= 5 if codec == "h264" else unit[0] >> 1 & 63 < 32)
-        if is_slice:
-            yield unit.rstrip(b"\0")  # zeros may follow a unit in a stream with start codes
-
-
-def _with_lengths(data: bytes, width: int) -> Iterator[bytes]:
-    place = 0
-    while place + width <= len(data):
-        size = int.from_bytes(data[place : place + width], "big")
-        yield data[place + width : place + width + size]
-        place += width + size
-
-
-def _start_codes(data: bytes) -> Iterator[bytes]:
-    yield from data.split(b"\0\0\1")[1:]

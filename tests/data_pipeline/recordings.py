@@ -45,6 +45,7 @@ def write_video(
     b_frames: int = 0,
     gop: int = 6,
     pixel_aspect: Fraction | None = None,
+    time_base: Fraction = Fraction(1, 1000),
     options: dict[str, str] | None = None,
 ) -> Path:
     """A video with the given presentation times (default: FPS, from zero)."""
@@ -53,7 +54,7 @@ def write_video(
     with av.open(str(path), "w") as container:
         stream: Any = container.add_stream(codec, rate=FPS)
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], pix_fmt
-        stream.codec_context.time_base = Fraction(1, 1000)
+        stream.codec_context.time_base = time_base
         stream.codec_context.gop_size = gop
         if b_frames:
             stream.codec_context.max_b_frames = b_frames
