@@ -34,6 +34,7 @@ import webdataset
 
 from data_pipeline.dataset import MANIFEST, MANIFEST_SCHEMA
 from data_pipeline.dataset_index import DatasetIndex
+from data_pipeline.datasets import Datasets
 from data_pipeline.loader import Loader, LoaderConfig
 from data_pipeline.sample import read_array, read_tensor
 from data_pipeline.sample_order import Cursor
@@ -52,7 +53,7 @@ def our_config(dataset: Path, **settings: Any) -> LoaderConfig:
 
 def ours(dataset: Path, num_batches: int, **settings: Any) -> None:
     config = our_config(dataset, **settings)
-    for number, _ in enumerate(Loader(DatasetIndex(dataset), config), start=1):
+    for number, _ in enumerate(Loader(Datasets.open({"": dataset}), config), start=1):
         if number == num_batches:
             return
 
@@ -184,10 +185,10 @@ def _open_job(dataset: Path) -> tuple[float, float, float]:
     before = _memory_mb("VmRSS")
     start = time.perf_counter()
     index = DatasetIndex(dataset)
-    opened = time.perf_counter()
-    loader = Loader(index, our_config(dataset))
+    seconds = time.perf_counter() - start
+    loader = Loader(Datasets({"": index}), our_config(dataset))
     loader.order.draw(Cursor())
-    return opened - start, time.perf_counter() - opened, _memory_mb("VmHWM") - before
+    return seconds, time.perf_counter() - start - seconds, _memory_mb("VmHWM") - before
 
 
 @contextlib.contextmanager
@@ -222,13 +223,13 @@ def resume(dataset: Path, repeats: int) -> None:
     index = DatasetIndex(dataset)
     samples = len(index.indices("train"))
     for epochs in (0, 3.5, 1000.5):
-        cursor = Loader(index, our_config(dataset)).order.cursor_at(int(epochs * samples / BATCH))
+        cursor = Loader(Datasets({"": index}), our_config(dataset)).order.cursor_at(int(epochs * samples / BATCH))
         for num_workers in (0, 2):
             seconds = []
             for _ in range(repeats):
                 start = time.perf_counter()
                 config = our_config(dataset, num_workers=num_workers)
-                next(iter(Loader(DatasetIndex(dataset), config, cursor=cursor)))
+                next(iter(Loader(Datasets.open({"": dataset}), config, cursor=cursor)))
                 seconds.append(time.perf_counter() - start)
             say(f"  after {epochs:g} epochs, {num_workers} workers: {statistics.median(seconds):.2f} s")
 
@@ -237,7 +238,7 @@ def memory(dataset: Path, num_batches: int) -> None:
     say(f"memory: of this process, over {num_batches} batches of 1")
     config = our_config(dataset).model_copy(update={"global_batch_size": 1})
     marks = {num_batches // 10 * tenth for tenth in range(1, 11)}
-    for number, _ in enumerate(Loader(DatasetIndex(dataset), config), start=1):
+    for number, _ in enumerate(Loader(Datasets.open({"": dataset}), config), start=1):
         if number in marks:
             say(f"  batch {number:7}: {_memory_mb('VmRSS'):6.0f} MB")
         if number == num_batches:

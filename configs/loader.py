@@ -63,6 +63,8 @@ class StrictConfig(BaseModel):
     @classmethod
     def _expand_home(cls, value: Any) -> Any:
         """No shell expands the `~` of a YAML value or of `key=~/data`."""
+        if isinstance(value, dict):
+            return {key: cls._expand_home(inner) for key, inner in value.items()}
         return value.expanduser() if isinstance(value, Path) else value
 
 

@@ -15,7 +15,9 @@ from configs.loader import UserError
 
 from .align import AlignedControl, ClipClock, align_control, nearest_frames, spans, spans_mask
 from .augment import Augmentation, AugmentConfig, Place, Shown
+from .dataset import DatasetDescription
 from .dataset_index import BadSampleError, DatasetIndex
+from .datasets import Datasets
 from .embodiments import Embodiment
 from .model_inputs import InputConfig, ModelInputs
 from .sample import SampleMeta, read_array, read_tensor
@@ -66,10 +68,12 @@ Part = tuple[list[Batch], list[BadSample], Counter[str]]
 
 
 class ClipDataset(Dataset[Batch]):
-    """Samples as tensors, by position in the manifest and place in the global order."""
+    """Samples of a dataset as tensors, by position in its manifest and place in the global order."""
 
-    def __init__(self, index: DatasetIndex, config: ClipConfig) -> None:
+    def __init__(self, index: DatasetIndex, config: ClipConfig, among: DatasetDescription | None = None) -> None:
+        """Robots and their statistics are those of `among`, where the dataset is one of several."""
         self.index, self.config = index, config
+        self.described = among or index
         self.inputs = ModelInputs(index, config.inputs)
         self.augmentation = Augmentation(self.inputs, config.augment)
         if config.augment.moves_frames and config.reads != "video":
@@ -82,31 +86,12 @@ class ClipDataset(Dataset[Batch]):
         self._black = self._black_latents() if config.reads != "video" else {}
         mode = config.normalization
         self.normalizers = {
-            name: (index.normalizer(name, "actions_absolute", mode), index.normalizer(name, "proprio", mode))
+            name: tuple(self.described.normalizer(name, what, mode) for what in ("actions_absolute", "proprio"))
             for name in index.embodiments
         }
 
     def __len__(self) -> int:
         return len(self.index)
-
-    def __getitems__(self, requests: Sequence[tuple[int, Place | None]]) -> Part | UserError:
-        """A part of a batch, in which the next good sample stands in for a bad one.
-
-        Errors are handed over as values: raised in a worker process, torch would bury their sentence in a traceback.
-        """
-        clips: list[Batch | None] = []
-        bad: list[BadSample] = []
-        for position, place in requests:
-            try:
-                clips.append(self.read(position, place))
-            except BadSampleError as error:
-                clips.append(None)
-                bad.append((error.reason, str(error)))
-        good = [i for i, clip in enumerate(clips) if clip is not None]
-        if not good:
-            return UserError(f"None of the {len(clips)} samples of a batch's part can be used. {bad[0][1]}")
-        stand_ins = [clips[next((i for i in good if i >= place), good[0])] for place in range(len(clips))]
-        return [clip for clip in stand_ins if clip is not None], bad, self.index.take_traffic()
 
     def __getitem__(self, position: int) -> Batch:
         return self.read(position)
@@ -189,16 +174,16 @@ class ClipDataset(Dataset[Batch]):
     def _control(
         self, members: Mapping[str, Any], meta: SampleMeta, clock: ClipClock
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        index = self.index
+        described = self.described
         # At least one number wide, so that no model needs a case for video without robots, or robots without proprio.
-        actions = torch.zeros(self.inputs.num_actions, max(index.action_dim, 1))
+        actions = torch.zeros(self.inputs.num_actions, max(described.action_dim, 1))
         is_valid = torch.zeros(actions.shape, dtype=torch.bool)
-        proprio = torch.zeros(max(index.proprio_dim, 1))
+        proprio = torch.zeros(max(described.proprio_dim, 1))
         if not meta.has_actions:
             return actions, is_valid, proprio
         assert meta.embodiment is not None
         normalize_actions, normalize_proprio = self.normalizers[meta.embodiment]
-        control = read_control(members, meta, clock, index.embodiments[meta.embodiment])
+        control = read_control(members, meta, clock, described.embodiments[meta.embodiment])
         row_is_valid = spans_mask(control.spans, len(control.actions))
         if normalize_actions is not None:
             rows = normalize_actions.normalize(control.actions) * row_is_valid[:, None]
@@ -208,6 +193,44 @@ class ClipDataset(Dataset[Batch]):
             first = normalize_proprio.normalize(control.proprio[0])
             proprio[: len(first)] = torch.from_numpy(first)
         return actions, is_valid, proprio
+
+
+class MixedClips(Dataset[Batch]):
+    """Samples of several datasets, by position in all of them and place in the global order."""
+
+    def __init__(self, datasets: Datasets, config: ClipConfig) -> None:
+        config = config.model_copy(update={"views": datasets.inputs(config.inputs).config.views})
+        self._datasets = datasets
+        self._clips = {name: ClipDataset(index, config, datasets) for name, index in datasets.by_name.items()}
+
+    def __len__(self) -> int:
+        return len(self._datasets)
+
+    def __getitems__(self, requests: Sequence[tuple[int, Place | None]]) -> Part | UserError:
+        """A part of a batch, in which the next good sample stands in for a bad one.
+
+        Errors are handed over as values: raised in a worker process, torch would bury their sentence in a traceback.
+        """
+        clips: list[Batch | None] = []
+        bad: list[BadSample] = []
+        for position, place in requests:
+            try:
+                clips.append(self.read(position, place))
+            except BadSampleError as error:
+                clips.append(None)
+                bad.append((error.reason, str(error)))
+        good = [i for i, clip in enumerate(clips) if clip is not None]
+        if not good:
+            return UserError(f"None of the {len(clips)} samples of a batch's part can be used. {bad[0][1]}")
+        stand_ins = [clips[next((i for i in good if i >= place), good[0])] for place in range(len(clips))]
+        return [clip for clip in stand_ins if clip is not None], bad, self._take_traffic()
+
+    def _take_traffic(self) -> Counter[str]:
+        return sum((index.take_traffic() for index in self._datasets.by_name.values()), Counter())
+
+    def read(self, position: int, place: Place | None = None) -> Batch:
+        name, position = self._datasets.find(position)
+        return self._clips[name].read(position, place)
 
 
 def read_control(members: Mapping[str, Any], meta: SampleMeta, clock: ClipClock, robot: Embodiment) -> AlignedControl:

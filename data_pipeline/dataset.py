@@ -244,35 +244,11 @@ def _not_as_written(path: str, error: ValidationError) -> UserError:
     return UserError(f"{path}: {where}: {first['msg']}; restore the file or build the dataset again.")
 
 
-class DatasetFolder:
-    """What a dataset says about itself, its samples apart: description, statistics and encoders.
+class DatasetDescription:
+    """What a dataset says of all its clips, and several datasets that are read as one of theirs; `str` is where."""
 
-    An export folder of a trained model carries these files too, so it opens like the dataset that it was trained on.
-    """
-
-    def __init__(self, path: Path, address: Address | None = None) -> None:
-        """`address`, where it is another one, is where the files in the folder are from; sentences tell it."""
-        self.path = Path(path)
-        self.address = address or self.path
-        self.info = read_info(self.path, self.address)
-        self.norm_stats = read_norm_stats(self.path, self.address)
-        for robot in self.info.embodiments.values():
-            self._check_stats(robot)
-
-    def _check_stats(self, robot: Embodiment) -> None:
-        stats = self._stats_of(robot.name)
-        found = tuple(
-            0 if stats[what] is None else len(stats[what]["mean"]) for what in ("actions_absolute", "proprio")
-        )
-        if found != (robot.action_dim, robot.proprio_dim):
-            raise UserError(
-                f"{self.address}/{NORM_STATS}: has {found[0]} action and {found[1]} proprio values of {robot.name}, "
-                f"but {DATASET_YAML} describes {robot.action_dim} and {robot.proprio_dim}; restore both files."
-            )
-
-    @property
-    def num_frames(self) -> int:
-        return self.info.num_frames
+    def __init__(self, info: DatasetInfo, norm_stats: dict[str, Any]) -> None:
+        self.info, self.norm_stats = info, norm_stats
 
     @property
     def fps(self) -> float:
@@ -281,11 +257,6 @@ class DatasetFolder:
     @property
     def control_hz(self) -> float:
         return self.info.control_hz
-
-    @property
-    def num_actions(self) -> int:
-        """k: actions per clip."""
-        return (self.num_frames - 1) * self.info.actions_per_frame
 
     @property
     def actions_per_latent(self) -> int:
@@ -303,6 +274,62 @@ class DatasetFolder:
     @property
     def proprio_dim(self) -> int:
         return max((e.proprio_dim for e in self.embodiments.values()), default=0)
+
+    def normalizer(self, embodiment: str, stats: str, mode: NormalizationMode) -> Normalizer | None:
+        """`stats` is actions_absolute, actions_relative or proprio; None where the robot reports no proprio."""
+        entry = self._stats_of(embodiment)[stats]
+        return None if entry is None else Normalizer(entry, mode)
+
+    def _stats_of(self, embodiment: str) -> dict[str, Any]:
+        per_embodiment = self.norm_stats["embodiments"]
+        if embodiment not in per_embodiment:
+            known = ", ".join(per_embodiment) or "none"
+            raise UserError(f"{self}: has no statistics of embodiment {embodiment!r}; it knows: {known}.")
+        return per_embodiment[embodiment]
+
+    @property
+    def residual_std(self) -> float:
+        """One number for all channels of how far latents stray from the clip's first latent frame."""
+        per_channel = np.array(self.norm_stats["latents"]["residual_std"])
+        return float(np.sqrt((per_channel**2).mean()))
+
+
+class DatasetFolder(DatasetDescription):
+    """What a dataset says about itself, its samples apart: description, statistics and encoders.
+
+    An export folder of a trained model carries these files too, so it opens like the dataset that it was trained on.
+    """
+
+    def __init__(self, path: Path, address: Address | None = None) -> None:
+        """`address`, where it is another one, is where the files in the folder are from; sentences tell it."""
+        self.path = Path(path)
+        self.address = address or self.path
+        super().__init__(read_info(self.path, self.address), read_norm_stats(self.path, self.address))
+        for robot in self.info.embodiments.values():
+            self._check_stats(robot)
+
+    def __str__(self) -> str:
+        return str(self.address)
+
+    def _check_stats(self, robot: Embodiment) -> None:
+        stats = self._stats_of(robot.name)
+        found = tuple(
+            0 if stats[what] is None else len(stats[what]["mean"]) for what in ("actions_absolute", "proprio")
+        )
+        if found != (robot.action_dim, robot.proprio_dim):
+            raise UserError(
+                f"{self.path / NORM_STATS}: has {found[0]} action and {found[1]} proprio values of {robot.name}, but "
+                f"{DATASET_YAML} describes {robot.action_dim} and {robot.proprio_dim}; restore both files."
+            )
+
+    @property
+    def num_frames(self) -> int:
+        return self.info.num_frames
+
+    @property
+    def num_actions(self) -> int:
+        """k: actions per clip."""
+        return (self.num_frames - 1) * self.info.actions_per_frame
 
     @property
     def views(self) -> dict[str, ViewConfig]:
@@ -346,21 +373,3 @@ class DatasetFolder:
                 "or build again."
             )
         return encoder
-
-    def normalizer(self, embodiment: str, stats: str, mode: NormalizationMode) -> Normalizer | None:
-        """`stats` is actions_absolute, actions_relative or proprio; None where the robot reports no proprio."""
-        entry = self._stats_of(embodiment)[stats]
-        return None if entry is None else Normalizer(entry, mode)
-
-    def _stats_of(self, embodiment: str) -> dict[str, Any]:
-        per_embodiment = self.norm_stats["embodiments"]
-        if embodiment not in per_embodiment:
-            known = ", ".join(per_embodiment) or "none"
-            raise UserError(f"{self.address}: has no statistics of embodiment {embodiment!r}; it knows: {known}.")
-        return per_embodiment[embodiment]
-
-    @property
-    def residual_std(self) -> float:
-        """One number for all channels of how far latents stray from the clip's first latent frame."""
-        per_channel = np.array(self.norm_stats["latents"]["residual_std"])
-        return float(np.sqrt((per_channel**2).mean()))

@@ -111,6 +111,10 @@ class DatasetIndex(DatasetFolder):
         starts = np.flatnonzero(np.diff(shards, prepend=-1))
         return np.diff(starts, append=len(shards))
 
+    def num_bytes(self, indices: np.ndarray) -> np.ndarray:
+        """Of each of these samples, as tar records: int64 [n]."""
+        return self._num_bytes[indices]
+
     def by_place(self, indices: np.ndarray) -> np.ndarray:
         """The same samples in the order in which they lie: shard after shard."""
         rank = np.argsort(np.argsort(self._shards))  # the dictionary's order is that of the manifest
@@ -118,6 +122,20 @@ class DatasetIndex(DatasetFolder):
 
     def column(self, name: str) -> tuple[list[str | None], np.ndarray]:
         """A column of names: the distinct ones, None (where nothing stands) first, and each sample's number of them."""
-        column = self._table[name].combine_chunks()
+        table = self._table if name in _COLUMNS else self._read_manifest([name])
+        column = table[name].combine_chunks()
         names: list[str | None] = [None, *column.dictionary.to_pylist()]
         return names, column.indices.fill_null(-1).to_numpy() + 1
+
+    @cached_property
+    def digest(self) -> str:
+        """Another one where any sample, or the place of any sample, is another: it is read in another order."""
+        names = (self.info.codec.weight_hash, self.info.text_encoder.weight_hash, *self._shards)
+        digest = hashlib.sha256("\n".join(names).encode())
+        for numbers in (self._shard_of, self._offsets, self._num_bytes):
+            digest.update(numbers.astype("<i8").tobytes())
+        for chunk in filter(len, self._table["key"].chunks):
+            _, offsets, text = chunk.buffers()
+            first, end = np.frombuffer(offsets, "<i4")[[chunk.offset, chunk.offset + len(chunk)]]
+            digest.update(memoryview(text)[first:end])
+        return digest.hexdigest()

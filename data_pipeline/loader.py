@@ -6,24 +6,26 @@ from there, on any number of ranks that divides the batch. A sample that cannot 
 rank's part of the batch, so that nobody else notices.
 """
 
+import json
 import logging
 from collections import Counter, deque
-from collections.abc import Iterator
-from fnmatch import fnmatchcase
-from typing import Annotated, Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator
+from pydantic import Field, PositiveInt, StringConstraints
 from torch.utils.data import DataLoader
 
-from configs.loader import StrictConfig, UserError
-from configs.problems import suggest
+from configs.loader import UserError
 
 from .augment import Place
-from .clips import BadSample, Batch, ClipConfig, ClipDataset, collate_part
+from .clips import BadSample, Batch, ClipConfig, MixedClips, collate_part
 from .dataset import Split
 from .dataset_index import DatasetIndex
-from .sample_order import Cursor, SampleOrder, ShuffleConfig, Stream, weight_at
+from .datasets import Datasets
+from .mixture import MixtureConfig, check_names, group_samples, named_samples, step_without_samples
+from .sample_order import Cursor, SampleOrder, ShuffleConfig, Stream, Weight
 from .storage import Address, StorageConfig
 
 logger = logging.getLogger(__name__)
@@ -31,42 +33,29 @@ logger = logging.getLogger(__name__)
 MIN_READ_TO_STOP = 1000
 """Samples read before the share of bad ones says anything about those still to come."""
 
-Weight = NonNegativeFloat | Annotated[dict[NonNegativeInt, NonNegativeFloat], Field(min_length=1)]
-
-
-class MixtureConfig(StrictConfig):
-    """What is drawn how often. What no name stands for is left out."""
-
-    by: Literal["source", "embodiment"] = Field(
-        "source", description="What the names name; the embodiment of clips without actions is `none`."
-    )
-    weights: dict[str, Weight] = Field(
-        min_length=1,
-        description="Name -> share of the samples, as a number or as {step: number, …} with straight lines between. "
-        "A name with wildcards, such as bridge_*, is one group; of several that fit the first one counts.",
-    )
-
-    @field_validator("weights")
-    @classmethod
-    def _something_is_drawn(cls, weights: dict[str, Weight]) -> dict[str, Weight]:
-        # Between two steps weights are mixed: they can be zero together only at a step that is named.
-        steps = {step for weight in weights.values() if isinstance(weight, dict) for step in weight}
-        for step in sorted(steps) or [0]:
-            if not any(weight_at(weight, step) for weight in weights.values()):
-                raise ValueError(f"at step {step} every weight is zero")
-        return weights
+DatasetName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
 
 
 class LoaderConfig(ClipConfig):
-    """How a dataset is read in training."""
+    """How datasets are read in training."""
 
-    dataset: Address = Field(
+    dataset: Address | Annotated[dict[DatasetName, Address], Field(min_length=1)] = Field(
         description="The dataset folder that `data_pipeline.build` wrote, or the s3://, gs://, hf:// or http(s):// "
-        "address of a copy."
+        "address of a copy; several as {name: folder, …}."
     )
     storage: StorageConfig = StorageConfig()
     split: Split = "train"
     global_batch_size: PositiveInt = Field(64, description="Samples per step over all ranks.")
+    latent_cells_per_batch: PositiveInt | None = Field(
+        None,
+        description="Instead of global_batch_size, where clips have several sizes: frames x rows x columns of latents "
+        "per step over all ranks, before the model's patches; each size of clip gets as many samples as fit.",
+    )
+    batch_multiple: PositiveInt = Field(
+        8,
+        description="With latent_cells_per_batch: samples are rounded down to a multiple of this, so that ranks x "
+        "grad_accum_steps divides them; choose it for every number of ranks that the run may go on with.",
+    )
     seed: int = Field(0, ge=0, description="Of the sample order.")
     shuffle: ShuffleConfig = ShuffleConfig()
     mixture: MixtureConfig | None = Field(None, description="null: every sample as often as every other.")
@@ -81,6 +70,124 @@ class LoaderConfig(ClipConfig):
         "replaced by another of its batch; more stop the run. 0: the first one does.",
     )
 
+    @property
+    def addresses(self) -> dict[str, Address]:
+        """The datasets by name; "" is that of one without."""
+        return self.dataset if isinstance(self.dataset, dict) else {"": self.dataset}
+
+
+# --- what is read -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SamplePlan:
+    """The order of samples, where they lie, and what both follow from."""
+
+    order: SampleOrder
+    positions: list[np.ndarray]  # of each stream's samples in the datasets, as they lie in the shards
+    identity: dict[str, str]  # setting -> what it was when the run was started; of a dataset, its digest
+
+
+def plan_samples(datasets: Datasets, config: LoaderConfig, *, may_lack: bool = False) -> SamplePlan | None:
+    """`may_lack`: that the split holds none of what a name in the mixture stands for is no mistake; None: nothing."""
+    samples = {
+        name: dataset.indices(config.split, only_with_actions=config.only_with_actions)
+        for name, dataset in datasets.by_name.items()
+    }
+    if not may_lack and not any(map(len, samples.values())):
+        kind = "action-labelled samples" if config.only_with_actions else "samples"
+        raise UserError(f"{datasets}: split {config.split} holds no {kind}; use another split or dataset.")
+    groups, weights = _groups(datasets, config, samples, may_lack)
+    if step_without_samples(weights) is not None:
+        return None
+    inputs, starts = datasets.inputs(config.inputs).by_name, datasets.starts()
+    streams, positions = [], []
+    for group, members in groups.items():
+        for name, indices in members.items():
+            dataset, bucket = datasets.by_name[name], inputs[name].bucket
+            _check_one_size(dataset)
+            placed = dataset.by_place(indices)
+            stream_name = "/".join(filter(None, (group, name, bucket)))
+            streams.append(Stream(stream_name, group, bucket, dataset.shard_sizes(placed)))
+            positions.append(starts[name] + placed)
+    used = {stream.bucket for stream in streams}
+    sizes = _batch_sizes(config, {one.bucket: one.num_latent_cells for one in inputs.values() if one.bucket in used})
+    order = SampleOrder(streams, weights, sizes, config.seed, config.shuffle)
+    return SamplePlan(order, positions, _identity(datasets, config, sizes))
+
+
+def _groups(
+    datasets: Datasets, config: LoaderConfig, samples: Mapping[str, np.ndarray], may_lack: bool
+) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, Weight]]:
+    """Group -> dataset -> its samples, none of them empty, and the groups' weights."""
+    mixture = config.mixture
+    if mixture is None:
+        members = {name: indices for name, indices in samples.items() if len(indices)}
+        return ({"all": members}, {"all": 1.0}) if members else ({}, {})
+    named = named_samples(datasets, mixture, samples)
+    if not may_lack:
+        check_names(mixture, named, datasets, config.split)
+    groups = group_samples(mixture, named)
+    left_out = [group for group, members in groups.items() if not members]
+    if left_out:
+        logger.info("split %s holds nothing of %s, which is left out there", config.split, ", ".join(left_out))
+    groups = {group: members for group, members in groups.items() if members}
+    return groups, {group: mixture.weights[group] for group in groups}
+
+
+def _check_one_size(dataset: DatasetIndex) -> None:
+    names, numbers = dataset.column("bucket")
+    sizes = [str(names[i]) for i in np.unique(numbers)]
+    if len(sizes) > 1:
+        raise UserError(f"{dataset}: holds several sizes of clips ({', '.join(sizes)}); build one dataset for each.")
+
+
+def _batch_sizes(config: LoaderConfig, cells: Mapping[str, int]) -> dict[str, int]:
+    """Samples of a global batch of each size of clip, which has so many latent cells."""
+    budget, multiple = config.latent_cells_per_batch, config.batch_multiple
+    if budget is None:
+        return dict.fromkeys(cells, config.global_batch_size)
+    largest = max(cells, key=lambda bucket: cells[bucket])
+    if budget < multiple * cells[largest]:
+        raise UserError(
+            f"loader.latent_cells_per_batch={budget} is less than {multiple} clips of {largest}, which have "
+            f"{cells[largest]} latent cells each; set it to at least {multiple * cells[largest]}, or lower "
+            "loader.batch_multiple."
+        )
+    return {bucket: budget // (multiple * size) * multiple for bucket, size in cells.items()}
+
+
+def _identity(datasets: Datasets, config: LoaderConfig, batch_sizes: Mapping[str, int]) -> dict[str, str]:
+    digests = {f"dataset.{name}".rstrip("."): dataset.digest for name, dataset in datasets.by_name.items()}
+    mixture = config.mixture and config.mixture.model_dump_json(exclude_defaults=True)
+    return digests | {
+        "split": config.split,
+        "mixture": str(mixture),
+        "only_with_actions": str(config.only_with_actions),
+        "global_batch_size": json.dumps(batch_sizes),
+        "seed": str(config.seed),
+        "shuffle": config.shuffle.model_dump_json(exclude_defaults=True),
+    }
+
+
+def check_same_order(plan: SamplePlan, datasets: Datasets, cursor: Cursor) -> None:
+    """Refuse to go on from a cursor that counts samples of another order."""
+    if not cursor.order:
+        return
+    for setting in sorted(plan.identity.keys() | cursor.order.keys()):
+        before, now = cursor.order.get(setting), plan.identity.get(setting)
+        if before == now:
+            continue
+        dataset = datasets.by_name.get(setting.removeprefix("dataset").removeprefix("."))
+        if before is None or now is None:
+            change = f"was {'' if now is None else 'not '}there"
+        else:
+            change = f"{dataset} held other samples" if setting.startswith("dataset") else f"was {before}, not {now},"
+        raise UserError(
+            f"loader.{setting}: {change} when this run was started, so that step {cursor.step + 1} would go on in "
+            "another order; put back what was there, or start a new run in another run_dir."
+        )
+
 
 # --- batches ------------------------------------------------------------------------------------------------------
 
@@ -90,32 +197,31 @@ class Loader:
 
     def __init__(
         self,
-        index: DatasetIndex,
+        datasets: Datasets,
         config: LoaderConfig,
         rank: int = 0,
         world_size: int = 1,
         cursor: Cursor | None = None,
+        plan: SamplePlan | None = None,
     ) -> None:
-        if config.global_batch_size % world_size:
-            raise UserError(
-                f"global_batch_size={config.global_batch_size} cannot be shared equally by {world_size} ranks; "
-                f"choose a multiple of {world_size}."
-            )
-        self.index, self.config, self.rank, self.world_size = index, config, rank, world_size
-        groups = _groups(index, config)
-        bucket = _only_bucket(index, np.concatenate(list(groups.values())))
-        self._positions = [index.by_place(positions) for positions in groups.values()]
-        streams = [
-            Stream(f"{name}/{bucket}", name, bucket, index.shard_sizes(positions))
-            for name, positions in zip(groups, self._positions, strict=True)
-        ]
-        weights = config.mixture.weights if config.mixture else dict.fromkeys(groups, 1.0)
-        self.order = SampleOrder(streams, weights, {bucket: config.global_batch_size}, config.seed, config.shuffle)
-        self.cursor = cursor or Cursor()
+        """`plan` is that of the datasets and the config, where it has been made already."""
+        plan = plan or plan_samples(datasets, config)
+        assert plan is not None  # it would have been refused
+        for bucket, size in plan.order.batch_sizes.items():
+            _check_ranks(config, bucket, size, world_size)
+        self.config, self.rank, self.world_size = config, rank, world_size
+        self.order, self._positions = plan.order, plan.positions
+        check_same_order(plan, datasets, cursor or Cursor())
+        self.cursor = (cursor or Cursor()).model_copy(update={"order": plan.identity})
         self.num_read = 0
         self.bad_samples: Counter[str] = Counter()  # reason -> number, on this rank since the start
         self.traffic: Counter[str] = Counter()  # requests and retries, likewise
-        self.clips = ClipDataset(index, config)
+        self.clips = MixedClips(datasets, config)
+
+    @property
+    def batch_sizes(self) -> dict[str, int]:
+        """Samples of a global batch of each size of clip."""
+        return self.order.batch_sizes
 
     def epochs(self) -> dict[str, float]:
         """How often each source of the mixture has been gone through."""
@@ -157,31 +263,6 @@ class Loader:
             )
 
 
-def _groups(index: DatasetIndex, config: LoaderConfig) -> dict[str, np.ndarray]:
-    """What the mixture weighs: name -> its samples."""
-    indices = index.indices(config.split, only_with_actions=config.only_with_actions)
-    if not len(indices):
-        kind = "action-labelled samples" if config.only_with_actions else "samples"
-        raise UserError(f"{index.address}: split {config.split} holds no {kind}; use another split or dataset.")
-    if config.mixture is None:
-        return {"all": indices}
-    names, name_of = index.column(config.mixture.by)
-    patterns = list(config.mixture.weights)
-    group_of = [
-        next((i for i, pattern in enumerate(patterns) if fnmatchcase(name or "none", pattern)), -1) for name in names
-    ]
-    group_of_sample = np.asarray(group_of)[name_of[indices]]
-    groups = {pattern: indices[group_of_sample == i] for i, pattern in enumerate(patterns)}
-    for pattern, members in groups.items():
-        if not len(members):
-            known = [name or "none" for i, name in enumerate(names) if np.any(name_of[indices] == i)]
-            raise UserError(
-                f"loader.mixture.weights: no {config.mixture.by} of split {config.split} in {index.address} is called "
-                f"{pattern!r}{suggest(pattern, known)}; there are: {', '.join(known)}."
-            )
-    return groups
-
-
 class _Parts:
     """What this rank reads of each batch: positions in the manifest, and in training their places in the order.
 
@@ -208,11 +289,13 @@ class _Parts:
             ]
 
 
-def _only_bucket(index: DatasetIndex, indices: np.ndarray) -> str:
-    names, bucket_of = index.column("bucket")
-    buckets = [str(names[i]) for i in np.unique(bucket_of[indices])]
-    if len(buckets) > 1:
-        raise UserError(
-            f"{index.address}: holds several sizes of clips ({', '.join(buckets)}); build one dataset for each."
+def _check_ranks(config: LoaderConfig, bucket: str, size: int, world_size: int) -> None:
+    if size % world_size == 0:
+        return
+    what, next_move = f"global_batch_size={size}", f"choose a multiple of {world_size}"
+    if config.latent_cells_per_batch is not None:
+        what = (
+            f"latent_cells_per_batch={config.latent_cells_per_batch}, which makes batches of {size} clips of {bucket},"
         )
-    return buckets[0]
+        next_move = f"set loader.batch_multiple to a multiple of {world_size}"
+    raise UserError(f"{what} cannot be shared equally by {world_size} ranks; {next_move}.")

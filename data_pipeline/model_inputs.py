@@ -56,9 +56,26 @@ class ModelInputs:
         self.num_frames = config.crop_frames or dataset.num_frames
         if self.num_frames > dataset.num_frames:
             raise UserError(
-                f"crop_frames={self.num_frames}, but the clips in {dataset.address} have {dataset.num_frames} frames; "
+                f"crop_frames={self.num_frames}, but the clips in {dataset} have {dataset.num_frames} frames; "
                 "choose fewer, or null for all of them."
             )
+
+    @property
+    def each(self) -> tuple[Self, ...]:
+        """By dataset, as of several (`datasets.MixedInputs`)."""
+        return (self,)
+
+    @property
+    def bucket(self) -> str:
+        """The size of what is shown of a clip, which is the same in a batch: <height>x<width>x<frames>."""
+        height, width = self.layout.size
+        return f"{height}x{width}x{self.num_frames}"
+
+    @property
+    def num_latent_cells(self) -> int:
+        """Frames x rows x columns of latents that are shown of a clip."""
+        frames, _, height, width = self.latent_shape
+        return frames * height * width * (self.layout.num_views if self.layout.kind == "separate" else 1)
 
     @property
     def shown(self) -> tuple[str, ...]:

@@ -112,6 +112,22 @@ class StreamingStats:
         return {"count": self.count} | {name: [float(x) for x in values] for name, values in arrays.items()}
 
 
+def merge_stats(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What `StreamingStats` would have found over all rows; of two quantiles the outer one, so that at least the share
+    of every part's rows that was between them stays between them."""
+    count = sum(part["count"] for part in parts)
+    share = np.array([part["count"] / count for part in parts])[:, None]
+    of = {name: np.array([part[name] for part in parts]) for name in _NEEDED}
+    mean = (share * of["mean"]).sum(0)
+    arrays = {
+        "mean": mean,
+        "std": np.sqrt((share * (of["std"] ** 2 + (of["mean"] - mean) ** 2)).sum(0)),
+        **{name: of[name].min(0) for name in ("min", "q01")},
+        **{name: of[name].max(0) for name in ("max", "q99")},
+    }
+    return {"count": count} | {name: [float(x) for x in arrays[name]] for name in _NEEDED}
+
+
 class Normalizer:
     """(x - center) / scale per dimension; built from one entry of norm_stats.json.
 

@@ -123,6 +123,9 @@ class Cursor(StrictConfig):
     step: int = Field(0, ge=0, description="Global batches drawn.")
     consumed: dict[str, int] = Field({}, description="Samples drawn from each stream.")
     credit: dict[str, float] = Field({}, description="Samples that each stream is behind its weight (ahead: negative).")
+    order: dict[str, str] = Field(
+        {}, description="What the order follows from, setting by setting; from another one it cannot go on."
+    )
 
 
 @dataclass(frozen=True)
@@ -221,7 +224,8 @@ class SampleOrder:
         names = [stream.name for stream in self.streams]
         consumed = {name: cursor.consumed.get(name, 0) + int(n) for name, n in zip(names, counts, strict=True)}
         left = dict(zip(names, (credit - counts).tolist(), strict=True))
-        return bucket, counts, Cursor(step=cursor.step + 1, consumed=consumed, credit=left)
+        after = {"step": cursor.step + 1, "consumed": consumed, "credit": left}
+        return bucket, counts, cursor.model_copy(update=after)
 
 
 def _rounded(wanted: Float64[np.ndarray, "n"], total: int, may_give: np.ndarray) -> Int64[np.ndarray, "n"]:

@@ -16,12 +16,11 @@ import torch
 from pydantic import Field
 
 from configs.loader import UserError, dump_config, run_command
-from data_pipeline.dataset_index import DatasetIndex
-from data_pipeline.model_inputs import ModelInputs
+from data_pipeline.datasets import Datasets, MixedInputs
 from pretrain.evaluate import check_same_encoders
-from pretrain.exported import load_world_model
+from pretrain.exported import MODEL_YAML, load_world_model
 from pretrain.run import StopSignal, exclusive, log_on_main_rank_only
-from pretrain.train import TrainConfig, dataset_batches, export_files, resume_run, train
+from pretrain.train import TrainConfig, dataset_batches, encoder_folders, resume_run, train
 from pretrain.world_models.observation_space import ObservationSpaceWorldModel, resolve
 
 from .paradigms.joint_video_action import JointVideoAction, JointVideoActionConfig
@@ -42,28 +41,31 @@ class FinetuneConfig(TrainConfig):
 def main(config: FinetuneConfig) -> int:
     log_on_main_rank_only()
     config = resume_run(config)
-    index = DatasetIndex(config.loader.dataset, config.loader.storage)
+    datasets = Datasets.open(config.loader.addresses, config.loader.storage)
     torch.manual_seed(config.seed)  # every rank starts from the same weights
-    model, described = build_policy_model(config, index)
-    batches = dataset_batches(index, config.loader)
+    model, described = build_policy_model(config, datasets)
+    texts = {MODEL_YAML: dump_config(described), **datasets.files()}
+    batches = dataset_batches(datasets, config.loader)
     with exclusive(config.run_dir), StopSignal() as stop:
-        return train(config, model, dump_config(described), batches, stop, export_files(index))
+        return train(config, model, texts, batches, stop, encoder_folders(datasets.first.path))
 
 
-def build_policy_model(config: FinetuneConfig, index: DatasetIndex) -> tuple[JointVideoAction, PolicyModelConfig]:
+def build_policy_model(config: FinetuneConfig, datasets: Datasets) -> tuple[JointVideoAction, PolicyModelConfig]:
     """The pretrained world model with a new action expert, sized for this dataset's robot."""
-    embodiment = choose_embodiment(config, index)
-    inputs = ModelInputs(index, config.loader.inputs)
+    embodiment = choose_embodiment(config, datasets)
+    inputs = datasets.inputs(config.loader.inputs)
+    _check_one_size(inputs)
     world_model = adapt_world_model(config.pretrained, inputs)
-    horizon = config.policy.action_horizon or inputs.num_actions
-    if horizon % index.actions_per_latent or not 0 < horizon <= inputs.num_actions:
+    num_actions, per_latent = inputs.each[0].num_actions, datasets.actions_per_latent
+    horizon = config.policy.action_horizon or num_actions
+    if horizon % per_latent or not 0 < horizon <= num_actions:
         raise UserError(
-            f"policy.action_horizon={horizon} does not fit clips of {inputs.num_actions} actions; choose a multiple of "
-            f"{index.actions_per_latent} (the actions of one latent frame) up to {inputs.num_actions}."
+            f"policy.action_horizon={horizon} does not fit clips of {num_actions} actions; choose a multiple of "
+            f"{per_latent} (the actions of one latent frame) up to {num_actions}."
         )
     if config.execute_steps > horizon:
         raise UserError(f"execute_steps={config.execute_steps} is more than the {horizon} actions that a plan has.")
-    policy = config.policy.model_copy(update={"action_horizon": horizon, "proprio_dim": max(index.proprio_dim, 1)})
+    policy = config.policy.model_copy(update={"action_horizon": horizon, "proprio_dim": max(datasets.proprio_dim, 1)})
     described = PolicyModelConfig(
         world_model=world_model.config,
         policy=policy,
@@ -74,7 +76,16 @@ def build_policy_model(config: FinetuneConfig, index: DatasetIndex) -> tuple[Joi
     return JointVideoAction(policy, world_model), described
 
 
-def adapt_world_model(pretrained: Path, inputs: ModelInputs) -> ObservationSpaceWorldModel:
+def _check_one_size(inputs: MixedInputs) -> None:
+    if len({one.bucket for one in inputs.each}) > 1:
+        sizes = ", ".join(f"{one.dataset}: {one.bucket}" for one in inputs.each)
+        raise UserError(
+            f"loader.dataset: a policy plans for clips of one size (height x width x frames), but here are {sizes}; "
+            "set loader.crop_frames, or build them with the same views."
+        )
+
+
+def adapt_world_model(pretrained: Path, inputs: MixedInputs) -> ObservationSpaceWorldModel:
     """The pretrained weights; on a robot with other actions all but the action conditioner, which starts anew."""
     world_model, _, described = load_world_model(pretrained)
     dataset = inputs.dataset
@@ -91,13 +102,13 @@ def adapt_world_model(pretrained: Path, inputs: ModelInputs) -> ObservationSpace
     return adapted
 
 
-def choose_embodiment(config: FinetuneConfig, index: DatasetIndex) -> str:
-    known = sorted(index.embodiments)
+def choose_embodiment(config: FinetuneConfig, datasets: Datasets) -> str:
+    known = sorted(datasets.embodiments)
     if config.embodiment is None and len(known) == 1:
         return known[0]
     if config.embodiment not in known:
         what = "holds no robot" if not known else f"holds the robots {', '.join(known)}; set embodiment to one of them"
-        raise UserError(f"embodiment={config.embodiment}: {index.address} {what}.")
+        raise UserError(f"embodiment={config.embodiment}: {datasets} {what}.")
     return config.embodiment
 
 

@@ -21,7 +21,7 @@ from pydantic import Field
 
 from configs.loader import StrictConfig, UserError, run_command
 from data_pipeline.clips import ClipConfig, ClipDataset, collate
-from data_pipeline.dataset import DatasetFolder
+from data_pipeline.dataset import DatasetDescription, DatasetFolder
 from data_pipeline.dataset_index import DatasetIndex
 from data_pipeline.model_inputs import InputConfig, ModelInputs
 from data_pipeline.storage import Address, StorageConfig
@@ -128,7 +128,7 @@ def check_fits(inputs: ModelInputs, config: ObservationSpaceConfig, trained_on: 
     resolve(config, inputs)
 
 
-def check_same_encoders(dataset: DatasetFolder, trained_on: DatasetFolder) -> None:
+def check_same_encoders(dataset: DatasetDescription, trained_on: DatasetFolder) -> None:
     """Latents and text of other encoders mean nothing to a model, and nothing would show but bad results."""
     for what, ours, theirs in (
         ("codec", dataset.info.codec, trained_on.info.codec),
@@ -136,10 +136,9 @@ def check_same_encoders(dataset: DatasetFolder, trained_on: DatasetFolder) -> No
     ):
         if (ours.name, ours.weight_hash) != (theirs.name, theirs.weight_hash):
             raise UserError(
-                f"{dataset.address} was encoded with {what} {ours.name} {ours.weight_hash[:12]}, but "
-                f"{trained_on.address} was trained on {what} {theirs.name} {theirs.weight_hash[:12]}; train on this "
-                f"dataset, or build it together with the other recordings (one build, several sources) so "
-                f"that both have one {what}."
+                f"{dataset} was encoded with {what} {ours.name} {ours.weight_hash[:12]}, but {trained_on} "
+                f"was trained on {what} {theirs.name} {theirs.weight_hash[:12]}; train on this dataset, or build it "
+                f"together with the other recordings (one build, several sources) so that both have one {what}."
             )
 
 

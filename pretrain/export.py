@@ -18,14 +18,14 @@ import torch
 from pydantic import Field
 
 from configs.loader import StrictConfig, UserError, load_config, run_command
-from data_pipeline.dataset import DatasetFolder
+from data_pipeline.dataset import DATASET_YAML, NORM_STATS
 from data_pipeline.dataset_index import DatasetIndex
 
 from .checkpoint import CHECKPOINTS, find_checkpoints, verify_checkpoint
 from .checkpoint_files import CheckpointWeights
 from .exported import ADDED_WEIGHTS, MODEL_YAML, VIDEO, WEIGHTS, WorldModelConfig, load_model_config
 from .run import CONFIG_FILE
-from .train import PretrainConfig, export_files
+from .train import PretrainConfig, encoder_folders
 from .wan_folder import STEM, write_wan_config
 from .weights import WeightFiles, write_shards
 
@@ -56,7 +56,8 @@ def main(config: ExportConfig) -> None:
         write_wan_config(folder, model.world_model.video)
         paths = write_shards(folder, STEM, wan, lambda name: files.read(video + name), max_bytes, dtype)
         write_shards(folder, Path(ADDED_WEIGHTS).stem, added, files.read, max_bytes, dtype)
-        for path in (source / MODEL_YAML, *export_files(_dataset_folder(source))):
+        described = [source / name for name in (MODEL_YAML, DATASET_YAML, NORM_STATS)]
+        for path in (*described, *encoder_folders(_folder_with_encoders(source))):
             if path.is_dir():
                 shutil.copytree(path, folder / path.name)
             elif path.is_file():
@@ -84,12 +85,13 @@ def _weights(source: Path, averaged: bool) -> WeightFiles | CheckpointWeights:
     return CheckpointWeights(source, averaged)
 
 
-def _dataset_folder(source: Path) -> DatasetFolder:
-    """What is needed to feed the model lies in an export; a checkpoint has the dataset that it was trained on."""
+def _folder_with_encoders(source: Path) -> Path:
+    """An export has them; of a checkpoint, which needs none, the dataset that it was trained on."""
     if source.parent.name != CHECKPOINTS:
-        return DatasetFolder(source)
+        return source
     config = load_config(PretrainConfig, source.parent.parent / CONFIG_FILE)
-    return DatasetIndex(config.loader.dataset, config.loader.storage)
+    address = next(iter(config.loader.addresses.values()))
+    return DatasetIndex(address, config.loader.storage).path
 
 
 @contextmanager

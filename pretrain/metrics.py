@@ -78,8 +78,7 @@ def _finite(value: Any) -> Any:
 class StepTimer:
     """Time per step, samples per second and the share of time spent waiting for data, since it was last read."""
 
-    def __init__(self, samples_per_step: int) -> None:
-        self.samples_per_step = samples_per_step
+    def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
@@ -87,6 +86,7 @@ class StepTimer:
         self._since = time.perf_counter()
         self._waited_s = 0.0
         self._steps = 0
+        self._samples = 0
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
@@ -94,15 +94,15 @@ class StepTimer:
         yield
         self._waited_s += time.perf_counter() - start
 
-    def count_step(self) -> None:
+    def count_step(self, num_samples: int) -> None:
         self._steps += 1
+        self._samples += num_samples
 
     def read(self) -> dict[str, float]:
         elapsed_s = time.perf_counter() - self._since
-        step_s = elapsed_s / max(1, self._steps)
         row = {
-            "step_s": step_s,
-            "samples_per_s": self.samples_per_step / step_s,
+            "step_s": elapsed_s / max(1, self._steps),
+            "samples_per_s": self._samples / elapsed_s,
             "data_wait_share": self._waited_s / elapsed_s,
         }
         self.restart()

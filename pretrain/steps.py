@@ -1,7 +1,7 @@
 """What a training loop does in a step, besides the engine's part: shared by pretraining and fine-tuning."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -36,6 +36,11 @@ class Batches(Protocol):
     bad_samples: Counter[str]  # reason -> samples of this rank that could not be used
     traffic: Counter[str]  # `TRAFFIC` -> number of them, where the data lies on remote storage
 
+    @property
+    def batch_sizes(self) -> Mapping[str, int]:
+        """Samples of a global batch of each size of clip."""
+        ...
+
     def __iter__(self) -> Iterator[Batch]: ...
 
     def epochs(self) -> dict[str, float]:
@@ -43,14 +48,16 @@ class Batches(Protocol):
         ...
 
 
-def check_micro_batches(global_batch_size: int, engine: Engine) -> None:
+def check_micro_batches(batch_sizes: Mapping[str, int], engine: Engine) -> None:
     parts = engine.data_world_size * engine.grad_accum_steps
-    if global_batch_size % parts:
-        raise UserError(
-            f"loader.global_batch_size={global_batch_size} cannot be cut equally for {engine.world_size} rank(s) with "
-            f"engine.sequence_parallel={engine.sequence_parallel} and "
-            f"engine.grad_accum_steps={engine.grad_accum_steps}; choose a multiple of {parts}."
-        )
+    for bucket, size in batch_sizes.items():
+        if size % parts:
+            raise UserError(
+                f"loader.global_batch_size={size} (clips of {bucket}) cannot be cut equally for {engine.world_size} "
+                f"rank(s) with engine.sequence_parallel={engine.sequence_parallel} and engine.grad_accum_steps="
+                f"{engine.grad_accum_steps}; choose a multiple of {parts}, with latent_cells_per_batch by "
+                f"loader.batch_multiple={parts}."
+            )
 
 
 def forward_backward(engine: Engine, batch: Batch, draws: SampleDraws) -> dict[str, Tensor]:

@@ -12,8 +12,9 @@ holds: a run that was killed and started again takes the very steps that it woul
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -22,10 +23,9 @@ from pydantic import Field
 from torch import nn
 
 from configs.loader import StrictConfig, UserError, dump_config, run_command
-from data_pipeline.dataset import CODEC, DATASET_YAML, NORM_STATS, TEXT_ENCODER, DatasetFolder, Split
-from data_pipeline.dataset_index import DatasetIndex
-from data_pipeline.loader import Loader, LoaderConfig
-from data_pipeline.model_inputs import ModelInputs
+from data_pipeline.dataset import CODEC, TEXT_ENCODER, DatasetDescription, DatasetFolder, Split
+from data_pipeline.datasets import Datasets
+from data_pipeline.loader import Loader, LoaderConfig, SamplePlan, plan_samples
 from data_pipeline.sample_order import Cursor
 from data_pipeline.storage import StorageConfig
 
@@ -51,6 +51,7 @@ from .steps import (
     check_micro_batches,
     data_row,
     forward_backward,
+    num_samples,
     sample_draws,
     train_row,
     validation_row,
@@ -113,30 +114,37 @@ class OpenBatches(Protocol):
 def main(config: PretrainConfig) -> int:
     log_on_main_rank_only()
     config = resume_run(config)
-    index = DatasetIndex(config.loader.dataset, config.loader.storage)
+    datasets = Datasets.open(config.loader.addresses, config.loader.storage)
     torch.manual_seed(config.seed)  # every rank starts from the same weights
-    inputs = ModelInputs(index, config.loader.inputs)
+    inputs = datasets.inputs(config.loader.inputs)
     world_model = build_world_model(config.model, inputs)
     if config.pretrained is not None and not find_checkpoints(config.run_dir / CHECKPOINTS):
-        start_from(world_model, config.pretrained, index)
+        start_from(world_model, config.pretrained, datasets)
     model_yaml = dump_config(WorldModelConfig(world_model=world_model.config, inputs=inputs.config))
     with exclusive(config.run_dir), StopSignal() as stop:
-        return train(config, world_model, model_yaml, dataset_batches(index, config.loader), stop, export_files(index))
+        return train(
+            config,
+            world_model,
+            {MODEL_YAML: model_yaml, **datasets.files()},
+            dataset_batches(datasets, config.loader),
+            stop,
+            export_with=encoder_folders(datasets.first.path),
+        )
 
 
-def start_from(world_model: ObservationSpaceWorldModel, folder: Path, index: DatasetIndex) -> None:
+def start_from(world_model: ObservationSpaceWorldModel, folder: Path, dataset: DatasetDescription) -> None:
     """Pretrained weights instead of random ones: all of a world model's, or Wan's for its video expert.
 
     What Wan has not (the action conditioner) keeps its start, which adds nothing: the model begins as Wan.
     """
     if (folder / MODEL_YAML).is_file():
-        check_same_encoders(index, DatasetFolder(folder))
+        check_same_encoders(dataset, DatasetFolder(folder))
         load_model_config(folder, WorldModelConfig)  # refuses the export of a policy
         load_weights(world_model, folder)
-    elif index.info.codec.name != "wan":
+    elif dataset.info.codec.name != "wan":
         raise UserError(
             f"pretrained={folder} is read as a Wan checkpoint, and those know the latents of Wan's VAE alone, but "
-            f"{index.address} was encoded with codec {index.info.codec.name}; build the dataset with codec.kind=wan."
+            f"{dataset} was encoded with codec {dataset.info.codec.name}; build the dataset with codec.kind=wan."
         )
     else:
         load_wan(world_model.video, folder)
@@ -152,48 +160,51 @@ def resume_run(config: TrainConfigT) -> TrainConfigT:
     return resume_config(config.run_dir, config.model_copy(update={"optimizer": settled}), MAY_CHANGE)
 
 
-def dataset_batches(index: DatasetIndex, config: LoaderConfig) -> OpenBatches:
+def dataset_batches(datasets: Datasets, config: LoaderConfig) -> OpenBatches:
+    @cache
+    def plan(split: Split) -> SamplePlan | None:
+        return plan_samples(datasets, config.model_copy(update={"split": split}), may_lack=split == "validation")
+
     def open_batches(split: Split, rank: int, world_size: int, cursor: Cursor) -> Batches | None:
-        if not len(index.indices(split, only_with_actions=config.only_with_actions)):
-            return None
-        return Loader(index, config.model_copy(update={"split": split}), rank, world_size, cursor)
+        planned, of_split = plan(split), config.model_copy(update={"split": split})
+        return None if planned is None else Loader(datasets, of_split, rank, world_size, cursor, planned)
 
     return open_batches
 
 
-def export_files(dataset: DatasetFolder) -> list[Path]:
-    """What of a dataset an export needs, to encode observations and scale actions as in training."""
-    return [dataset.path / name for name in (DATASET_YAML, NORM_STATS, CODEC, TEXT_ENCODER)]
+def encoder_folders(dataset: Path) -> list[Path]:
+    """What an export needs besides descriptions, to encode observations as in training."""
+    return [dataset / name for name in (CODEC, TEXT_ENCODER)]
 
 
 def train(
     config: TrainConfig,
     model: nn.Module,
-    model_yaml: str,
+    texts: Mapping[str, str],
     open_batches: OpenBatches,
     stop: StopSignal,
     export_with: Sequence[Path] = (),
 ) -> int:
-    """The training loop. `model_yaml` describes the model to whoever loads its weights."""
+    """The training loop. `texts` are small files for whoever loads the weights: they describe model and data."""
     engine = create_engine(config.engine, model, config.optimizer)
-    check_micro_batches(config.loader.global_batch_size, engine)
-    if engine.is_main:
-        settled = config.engine.model_copy(update={"precision": engine.precision})
-        write_config(config.run_dir, config.model_copy(update={"engine": settled}))
-    engine.barrier()
     ema = ExponentialMovingAverage(engine, config.ema_decay)
     checkpoints = Checkpoints(
         config.run_dir / CHECKPOINTS, engine, keep_last=config.keep_last, keep_every=config.keep_every
     )
     state = resume(checkpoints, ema, config.num_steps)
-    log_start(engine, state, config)
-    metrics = MetricsLog(config.run_dir / "metrics.jsonl", state.step, engine.is_main)
-    progress = Progress(config.num_steps, engine.is_main)
-    timer = StepTimer(config.loader.global_batch_size)
     batches = open_batches("train", engine.data_rank, engine.data_world_size, Cursor.model_validate(state.cursor))
     if batches is None:
         raise UserError(f"{config.loader.dataset}: its train split holds nothing to train on.")
-    reading, texts = iter(batches), {"model.yaml": model_yaml}
+    check_micro_batches(batches.batch_sizes, engine)
+    if engine.is_main:
+        settled = config.engine.model_copy(update={"precision": engine.precision})
+        write_config(config.run_dir, config.model_copy(update={"engine": settled}))
+    engine.barrier()
+    log_start(engine, state, config)
+    metrics = MetricsLog(config.run_dir / "metrics.jsonl", state.step, engine.is_main)
+    progress = Progress(config.num_steps, engine.is_main)
+    timer = StepTimer()
+    reading = iter(batches)
 
     while state.step < config.num_steps:
         step = state.step + 1
@@ -208,7 +219,7 @@ def train(
             state.skipped_steps += 1
             logger.warning("step %d skipped: its gradients are not finite (%d so far)", step, state.skipped_steps)
         state.step, state.cursor = step, batches.cursor.model_dump()
-        timer.count_step()
+        timer.count_step(num_samples(batch) * engine.data_world_size)
 
         # Rows of a step come before its checkpoint: a run resumed there has them.
         if step % config.log_every == 0:

@@ -29,6 +29,7 @@ from ..models.video_dit import VIDEO_EXPERT, TwoLayers, VideoDiT, VideoDiTConfig
 from .base import Batch, LossTerms
 
 if TYPE_CHECKING:
+    from data_pipeline.datasets import MixedInputs
     from data_pipeline.encoders import PixelCodec
     from data_pipeline.model_inputs import ModelInputs
 
@@ -254,14 +255,39 @@ class ObservationSpaceWorldModel(nn.Module):
         return self.read_future(tokens, embedding, noised).float()
 
 
-def build_world_model(config: ObservationSpaceConfig, inputs: ModelInputs) -> ObservationSpaceWorldModel:
+def build_world_model(config: ObservationSpaceConfig, inputs: ModelInputs | MixedInputs) -> ObservationSpaceWorldModel:
     """A world model that is fed so: null fields filled in, sizes checked."""
     config = resolve(config, inputs)
     return ObservationSpaceWorldModel(config, inputs.codec())
 
 
-def resolve(config: ObservationSpaceConfig, inputs: ModelInputs) -> ObservationSpaceConfig:
+def resolve(config: ObservationSpaceConfig, inputs: ModelInputs | MixedInputs) -> ObservationSpaceConfig:
     """Null fields filled in from the dataset; a `UserError` where it and the others do not fit each other."""
+    dataset = inputs.dataset
+    for one in inputs.each:
+        _check_shape(config, one)
+    action_dim = max(dataset.action_dim, 1)  # batches are at least so wide, see `data_pipeline.clips`
+    for name, given, found in (
+        ("action_dim", config.action_dim, action_dim),
+        ("actions_per_latent", config.actions_per_latent, dataset.actions_per_latent),
+        ("video.text_dim", config.video.text_dim, dataset.info.text_encoder.width),
+    ):
+        if given not in (None, found):
+            raise UserError(
+                f"model.{name}={given}, but in {dataset} it is {found}; set it to {found}, or choose a dataset "
+                "that fits the model."
+            )
+    return config.model_copy(
+        update={
+            "action_dim": action_dim,
+            "actions_per_latent": dataset.actions_per_latent,
+            # a dataset in which nothing moves has none, and nothing may be divided by it
+            "residual_std": config.residual_std or max(dataset.residual_std, MIN_RESIDUAL_STD),
+        }
+    )
+
+
+def _check_shape(config: ObservationSpaceConfig, inputs: ModelInputs) -> None:
     dataset = inputs.dataset
     if inputs.layout.kind == "separate":
         raise UserError(
@@ -274,40 +300,21 @@ def resolve(config: ObservationSpaceConfig, inputs: ModelInputs) -> ObservationS
     if video.in_channels not in (channels, image_to_video) or video.out_channels != channels:
         raise UserError(
             f"model.video.in_channels={video.in_channels} and out_channels={video.out_channels}, but the latents in "
-            f"{dataset.address} have {channels} channels; set both to {channels}, or in_channels to {image_to_video} "
-            "for an image-to-video model."
+            f"{dataset} have {channels} channels; set both to {channels}, or in_channels to {image_to_video} for "
+            "an image-to-video model."
         )
     if height % video.patch_size[1] or width % video.patch_size[2]:
         raise UserError(
             f"model.video.patch_size={list(video.patch_size)} does not divide the {height}x{width} latents of "
-            f"{dataset.address}; choose divisors of both."
+            f"{dataset}; choose divisors of both."
         )
     if frames <= config.context_latent_frames:
         raise UserError(
             f"model.context_latent_frames={config.context_latent_frames} leaves nothing to predict: the clips of "
-            f"{dataset.address} are shown with {frames} latent frames."
+            f"{dataset} are shown with {frames} latent frames."
         )
     if config.context_latent_frames % video.patch_size[0] or frames % video.patch_size[0]:
         raise UserError(
             f"model.video.patch_size={list(video.patch_size)} does not divide the {config.context_latent_frames} "
-            f"context frames and the {frames} latent frames of the clips in {dataset.address}; let it begin with 1."
+            f"context frames and the {frames} latent frames of the clips in {dataset}; let it begin with 1."
         )
-    action_dim = max(dataset.action_dim, 1)  # batches are at least so wide, see `data_pipeline.clips`
-    for name, given, found in (
-        ("action_dim", config.action_dim, action_dim),
-        ("actions_per_latent", config.actions_per_latent, dataset.actions_per_latent),
-        ("video.text_dim", video.text_dim, dataset.info.text_encoder.width),
-    ):
-        if given not in (None, found):
-            raise UserError(
-                f"model.{name}={given}, but in {dataset.address} it is {found}; set it to {found}, or choose a dataset "
-                "that fits the model."
-            )
-    return config.model_copy(
-        update={
-            "action_dim": action_dim,
-            "actions_per_latent": dataset.actions_per_latent,
-            # a dataset in which nothing moves has none, and nothing may be divided by it
-            "residual_std": config.residual_std or max(dataset.residual_std, MIN_RESIDUAL_STD),
-        }
-    )

@@ -20,6 +20,7 @@ from configs.loader import UserError, dump_config, load_config
 from data_pipeline import build, build_stages
 from data_pipeline.build import BuildConfig
 from data_pipeline.dataset_index import DatasetIndex
+from data_pipeline.datasets import Datasets
 from data_pipeline.encoder_config import VideoCodecConfig
 from data_pipeline.loader import Loader, LoaderConfig
 from data_pipeline.sample import Sample
@@ -180,7 +181,7 @@ def test_webdataset_iterates_the_shards(dataset):
 def test_training_batches_come_out(dataset):
     index = DatasetIndex(dataset)
     config = LoaderConfig(dataset=dataset, global_batch_size=8, text_length=4)
-    batch = next(iter(Loader(index, config)))
+    batch = next(iter(Loader(Datasets({"": index}), config)))
     assert batch["latents"].shape == (8, 2, 24, 8, 12) and batch["text_tokens"].shape == (8, 4, 16)
     assert batch["actions"].shape == (8, 4, 3) and batch["actions"].abs().max() < 3
 

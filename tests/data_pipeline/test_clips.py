@@ -17,6 +17,7 @@ from data_pipeline.align import ClipClock, nearest_frames
 from data_pipeline.augment import Augmentation, AugmentConfig
 from data_pipeline.clips import ClipConfig, ClipDataset, read_control
 from data_pipeline.dataset_index import DatasetIndex
+from data_pipeline.datasets import Datasets
 from data_pipeline.embodiments import Embodiment
 from data_pipeline.loader import Loader, LoaderConfig
 from data_pipeline.model_inputs import InputConfig, ModelInputs
@@ -89,7 +90,7 @@ def index(tmp_path_factory):
 
 def loader(index, rank=0, world_size=1, cursor=None, **changes):
     config = LoaderConfig(dataset=index.path, **{"global_batch_size": 4, "normalization": "none", **changes})
-    return Loader(index, config, rank, world_size, cursor)
+    return Loader(Datasets({"": index}), config, rank, world_size, cursor)
 
 
 def take(iterable, number):

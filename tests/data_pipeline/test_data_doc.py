@@ -28,13 +28,14 @@ def test_every_format_is_in_the_table():
 
 
 def test_the_yaml_loads():
-    several, curation, robot, inputs = (yaml.safe_load(text) for text in snippets("yaml"))
+    several, curation, robot, inputs, datasets = (yaml.safe_load(text) for text in snippets("yaml"))
     config = BuildConfig.model_validate(several | curation)
     assert set(config.sources) == {"robot", "bridge", "people"} and config.duplicates.near == 0.03
     assert config.duplicates.semantic is not None and config.duplicates.semantic.min_cosine == 0.97
     assert Embodiment.model_validate(robot["sources"]["arm"]["embodiment"]).action_dim == 7
     loader = LoaderConfig(dataset="runs/mine", **inputs["loader"])
     assert (loader.reads, loader.layout, loader.crop_frames) == ("video", "stack_height", 9)
+    assert LoaderConfig(**datasets["loader"]).addresses.keys() == {"web", "lab"}
 
 
 def test_the_reader_reads(tmp_path):

@@ -12,8 +12,10 @@ from pydantic import ValidationError
 
 from configs.loader import UserError
 from data_pipeline.dataset_index import DatasetIndex
+from data_pipeline.datasets import Datasets
 from data_pipeline.loader import Loader, LoaderConfig
 from data_pipeline.sample_order import Cursor
+from data_pipeline.video_io import ViewConfig
 from tests.data_pipeline.tiny_dataset import tiny_dataset, tiny_sample
 
 
@@ -29,8 +31,10 @@ def index(dataset):
 
 
 def loader(index, rank=0, world_size=1, cursor=None, **changes):
-    config = LoaderConfig(dataset=index.path, **{"global_batch_size": 4, "text_length": 6, **changes})
-    return Loader(index, config, rank, world_size, cursor)
+    datasets = index if isinstance(index, Datasets) else Datasets({"": index})
+    folders = {name: one.path for name, one in datasets.by_name.items()}
+    config = LoaderConfig(dataset=folders.get("", folders), **{"global_batch_size": 4, "text_length": 6, **changes})
+    return Loader(datasets, config, rank, world_size, cursor)
 
 
 def take(iterable, number):
@@ -49,9 +53,26 @@ def mixed(tmp_path_factory):
     return DatasetIndex(tiny_dataset(folder, clips, action_free=(2, 3), sources=sources))
 
 
+LONG = {"views": {"front": ViewConfig(height=24, width=16)}, "num_frames": 9}
+
+
+@pytest.fixture(scope="module")
+def two(mixed, tmp_path_factory):
+    """That, and a dataset of longer clips from a lab and from toys."""
+    folder = tmp_path_factory.mktemp("two") / "dataset"
+    longer = tiny_dataset(folder, (5, 4, 6, 5), sources=("lab", "lab", "toys", "toys"), **LONG, first_episode=50)
+    return Datasets({"short": mixed, "long": DatasetIndex(longer)})
+
+
 MIXTURES = {
     "one source": {"shuffle": {"window_shards": 2, "run_length": 2}},
     "three sources": {"mixture": {"weights": {"robot": 0.5, "people_*": 0.3, "toys": {0: 0.1, 9: 0.6}}}},
+    # 32 and 72 latent cells per clip
+    "two datasets": {
+        "latent_cells_per_batch": 72 * 24,
+        "batch_multiple": 24,
+        "mixture": {"weights": {"long/*": 2, "played": 1, "robot": 1}, "tags": {"played": ["toys", "people_*"]}},
+    },
 }
 STEPS = 5
 
@@ -59,15 +80,16 @@ STEPS = 5
 @pytest.mark.parametrize("num_workers", [0, 1, 2, 4])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("name", MIXTURES)
-def test_global_batches_are_the_same_on_any_ranks_and_workers_after_any_stop(mixed, name, world_size, num_workers):
+def test_global_batches_are_the_same_on_any_ranks_and_workers_after_any_stop(request, name, world_size, num_workers):
+    data = request.getfixturevalue("two" if name == "two datasets" else "mixed")
     settings = {"global_batch_size": 24, **MIXTURES[name]}
-    expected = [batch["keys"] for batch in take(loader(mixed, **settings), STEPS)]
+    expected = [batch["keys"] for batch in take(loader(data, **settings), STEPS)]
     for stop in (2,) if num_workers else (0, 2, STEPS - 1):  # worker processes take their time to start
-        before = loader(mixed, **settings)  # one rank, until it is killed
+        before = loader(data, **settings)  # one rank, until it is killed
         take(before, stop)
         cursor = Cursor.model_validate_json(before.cursor.model_dump_json())
         ranks = [
-            take(loader(mixed, rank, world_size, cursor, **settings, num_workers=num_workers), STEPS - stop)
+            take(loader(data, rank, world_size, cursor, **settings, num_workers=num_workers), STEPS - stop)
             for rank in range(world_size)
         ]
         for step, keys in enumerate(expected[stop:]):
@@ -78,6 +100,39 @@ def test_the_cursor_does_not_run_ahead_with_the_workers(mixed):
     reader = loader(mixed, num_workers=2, prefetch_factor=4)
     for number, _ in zip(range(1, 6), reader, strict=False):
         assert reader.cursor.step == number and reader.cursor.consumed == {"all/16x16x5": 4 * number}
+
+
+def test_batches_of_several_datasets_have_one_size_each(two):
+    """Sizes follow the budget; all are read, as often as their weights say."""
+    reader = loader(two, **MIXTURES["two datasets"])
+    assert reader.batch_sizes == {"16x16x5": 48, "24x16x9": 24}
+    drawn = Counter()
+    for batch in take(reader, 40):
+        is_long = batch["keys"][0] >= "key050"
+        assert batch["latents"].shape[1:] == ((3, 6, 6, 4) if is_long else (2, 6, 4, 4))
+        assert batch["actions"].shape == (len(batch["latents"]), 16 if is_long else 8, 3)
+        assert len(batch["keys"]) == reader.batch_sizes["24x16x9" if is_long else "16x16x5"]
+        assert len({key >= "key050" for key in batch["keys"]}) == 1
+        numbers = torch.tensor([number_of(key) for key in batch["keys"]])
+        torch.testing.assert_close(batch["latents"][:, -1, 0, 0, 0], numbers, rtol=2**-8, atol=0.5)
+        drawn.update("long" if is_long else "robot" if key < "key002" else "played" for key in batch["keys"])
+    shares = {name: count / drawn.total() for name, count in drawn.items()}
+    assert shares == pytest.approx({"long": 0.5, "robot": 0.25, "played": 0.25}, abs=0.02)
+    assert reader.epochs().keys() == {"long/*", "played", "robot"}
+
+
+def test_without_weights_every_sample_of_all_datasets_comes_once_an_epoch(two):
+    num_train = len(two.by_name["short"].indices("train")) + len(two.by_name["long"].indices("train"))
+    reader = loader(two, global_batch_size=1)
+    keys = Counter(batch["keys"][0] for batch in take(reader, num_train))
+    assert set(keys.values()) == {1}
+
+
+def test_a_budget_that_cannot_be_met(two):
+    with pytest.raises(UserError, match=r"=500 is less than 8 clips of 24x16x9, which have 72 .* at least 576"):
+        loader(two, latent_cells_per_batch=500)
+    with pytest.raises(UserError, match=r"48 clips of 16x16x5.* by 5 ranks; set loader\.batch_multiple"):
+        loader(two, 0, 5, **MIXTURES["two datasets"])
 
 
 def test_a_mixture_draws_by_weight(mixed):

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from configs.loader import StrictConfig, UserError, dump_config, load_config, run_command
 from data_pipeline import storage
 from data_pipeline.dataset_index import DatasetIndex
+from data_pipeline.datasets import Datasets
 from data_pipeline.disk_cache import _ROOM, CHUNK, DiskCache
 from data_pipeline.loader import Loader, LoaderConfig
 from data_pipeline.storage import Address, StorageConfig, open_files
@@ -58,7 +59,7 @@ def changed(config, **changes):
 
 def batches(address, config=None, number=4, **changes):
     settings = {"global_batch_size": 64, "text_length": 4, "check_sha256": True, **changes}
-    loader = Loader(DatasetIndex(address, config), LoaderConfig(dataset=address, **settings))
+    loader = Loader(Datasets({"": DatasetIndex(address, config)}), LoaderConfig(dataset=address, **settings))
     return list(islice(loader, number)), loader
 
 

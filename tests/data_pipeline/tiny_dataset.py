@@ -93,17 +93,23 @@ def tiny_dataset(
     views: Mapping[str, ViewConfig] = VIEWS,
     num_frames: int = NUM_FRAMES,
     make_sample: Callable[..., Sample] = tiny_sample,
+    first_episode: int = 0,
 ) -> Path:
     """`clips[e]` clips in episode e; the episodes in `action_free` have no actions. One rejected episode besides.
 
     `sources[e]` is where episode e is from; by default all are from the lab. `make_sample` takes what
-    `tiny_sample` does.
+    `tiny_sample` does. Episodes are counted from `first_episode`.
     """
     staging = Staging(folder.with_name(folder.name + ".staging"))
     source_of = sources or ["lab"] * len(clips)
     kind = {"robot": robot, "views": views, "num_frames": num_frames}
     records = [
-        _stage(staging, e, number, partial(make_sample, has_actions=e not in action_free, source=source_of[e], **kind))
+        _stage(
+            staging,
+            first_episode + e,
+            number,
+            partial(make_sample, has_actions=e not in action_free, source=source_of[e], **kind),
+        )
         for e, number in enumerate(clips)
     ]
     rejection = Rejection(where="lab/broken", reason="not_a_video", detail="it is a text file")

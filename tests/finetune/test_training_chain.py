@@ -22,6 +22,7 @@ from data_pipeline.augment import AugmentConfig
 from data_pipeline.clips import ClipConfig, ClipDataset, collate
 from data_pipeline.dataset import DatasetFolder
 from data_pipeline.dataset_index import DatasetIndex
+from data_pipeline.datasets import Datasets
 from data_pipeline.encoders import EmbeddedCodec, HashedTextEncoder
 from data_pipeline.loader import LoaderConfig
 from data_pipeline.video_io import ViewConfig, decode_clip
@@ -252,29 +253,33 @@ def finetune_config(chain: Path, **changes) -> FinetuneConfig:
 
 def test_fine_tuning_starts_from_the_pretrained_weights(chain: Path):
     pretrained, _, _ = load_world_model(chain / "pretrain" / "export")
-    model, described = build_policy_model(finetune_config(chain), DatasetIndex(chain / "dataset"))
+    model, described = build_policy_model(finetune_config(chain), Datasets.open({"": chain / "dataset"}))
     for name, weights in pretrained.state_dict().items():
         assert torch.equal(model.world_model.state_dict()[name], weights)
     assert described.embodiment == "arm"
 
 
 def test_bad_input_is_one_sentence(chain: Path, tmp_path: Path):
-    index = DatasetIndex(chain / "dataset")
+    datasets = Datasets.open({"": chain / "dataset"})
     with pytest.raises(UserError, match="action_horizon=5"):
         config = finetune_config(chain)
         build_policy_model(
-            config.model_copy(update={"policy": config.policy.model_copy(update={"action_horizon": 5})}), index
+            config.model_copy(update={"policy": config.policy.model_copy(update={"action_horizon": 5})}), datasets
         )
     with pytest.raises(UserError, match=r"execute_steps=99"):
-        build_policy_model(finetune_config(chain, execute_steps=99), index)
+        build_policy_model(finetune_config(chain, execute_steps=99), datasets)
     with pytest.raises(UserError, match=r"robots arm"):
-        build_policy_model(finetune_config(chain, embodiment="leg"), index)
+        build_policy_model(finetune_config(chain, embodiment="leg"), datasets)
     with pytest.raises(UserError, match=r"model\.yaml"):
-        build_policy_model(finetune_config(chain, pretrained=tmp_path), index)
+        build_policy_model(finetune_config(chain, pretrained=tmp_path), datasets)
     with pytest.raises(UserError, match="not the export of a policy"):
         Policy.load(chain / "pretrain" / "export")
     with pytest.raises(UserError, match="not the export of a world model"):
         load_world_model(chain / "finetune" / "export")
+    longer = tiny.tiny_dataset(tmp_path / "longer", clips=(2, 2), first_episode=10, num_frames=13)
+    several = Datasets.open({"short": chain / "dataset", "long": longer})
+    with pytest.raises(UserError, match=r"one size .*/dataset: 16x16x9, \S+longer: 16x16x13; set loader.crop_frames"):
+        build_policy_model(finetune_config(chain), several)
     weights = load_file(chain / "pretrain" / "export" / "model.safetensors")
     broken = tmp_path / "export"
     subprocess.run(["cp", "-r", str(chain / "pretrain" / "export"), str(broken)], check=True)

@@ -122,6 +122,7 @@ def test_a_batch_that_cannot_be_cut_is_refused(tmp_path: Path) -> None:
     engine = {"kind": "accelerate", "device": "cpu", "precision": "fp32", "grad_accum_steps": 3}
     with pytest.raises(UserError, match=r"global_batch_size=8 .*grad_accum_steps=3; choose a multiple of 3"):
         tiny.tiny_run(tiny.tiny_config(tmp_path, 6, engine=engine))
+    assert not (tmp_path / "config.yaml").exists()  # else the right size would be refused as another than it began with
 
 
 def test_an_empty_validation_split_is_left_out(tmp_path: Path) -> None:
@@ -131,7 +132,7 @@ def test_an_empty_validation_split_is_left_out(tmp_path: Path) -> None:
         return open_batches(split, *args) if split == "train" else None
 
     with tiny.StopSignal() as stop:
-        tiny.train(tiny.tiny_config(tmp_path, 5), tiny.build_tiny_model(), "", without_validation, stop)
+        tiny.train(tiny.tiny_config(tmp_path, 5), tiny.build_tiny_model(), {}, without_validation, stop)
     assert {row["split"] for row in curve(tmp_path)} == {"train"}
 
 
@@ -145,7 +146,7 @@ def test_skipped_steps_are_counted_and_logged(tmp_path: Path, caplog: pytest.Log
 
     open_batches = functools.partial(WithNan, on_step=lambda step: None)
     with tiny.StopSignal() as stop:
-        tiny.train(tiny.tiny_config(tmp_path, 5), tiny.build_tiny_model(), "", open_batches, stop)
+        tiny.train(tiny.tiny_config(tmp_path, 5), tiny.build_tiny_model(), {}, open_batches, stop)
     rows = [row for row in curve(tmp_path) if row["split"] == "train"]
     assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 1, 1]
     assert rows[2]["loss"] is None and rows[3]["loss"] is not None

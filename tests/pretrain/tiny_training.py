@@ -90,6 +90,10 @@ class TinyBatches:
             self.cursor = Cursor(step=step + 1, consumed={"tiny": BATCH * (step + 1)})
             yield {"latents": batch, "keys": [f"{step}-{i}" for i in range(len(batch))]}
 
+    @property
+    def batch_sizes(self) -> dict[str, int]:
+        return {"tiny": BATCH}
+
     def epochs(self) -> dict[str, float]:
         return {}
 
@@ -116,9 +120,9 @@ def tiny_config(run_dir: Path, num_steps: int, **changes: Any) -> PretrainConfig
 
 
 def tiny_run(config: PretrainConfig, on_step: Callable[[int], None] = lambda step: None, **kwargs: Any) -> int:
-    model_yaml = dump_config(TinyConfig())
+    texts = {"model.yaml": dump_config(TinyConfig())}
     with StopSignal() as stop:
-        return train(config, build_tiny_model(), model_yaml, tiny_batches(on_step), stop, **kwargs)
+        return train(config, build_tiny_model(), texts, tiny_batches(on_step), stop, **kwargs)
 
 
 if __name__ == "__main__":
