@@ -3,9 +3,7 @@
 `InputConfig` travels with every export, so that evaluation and the policy in the loop show the model what training did.
 """
 
-from typing import Self
-
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 
 from configs.loader import StrictConfig, UserError
 
@@ -31,18 +29,30 @@ class InputConfig(StrictConfig):
     normalization: NormalizationMode = Field("quantile", description="Of actions and proprio, per embodiment.")
     text_length: PositiveInt = Field(32, description="Text tokens per sample: padded with zeros or cut to so many.")
 
-    @model_validator(mode="after")
-    def _is_possible(self) -> Self:
-        if len(set(self.views)) < len(self.views):
-            raise ValueError(f"views names one twice: {', '.join(self.views)}")
-        if self.layout != "single" and len(self.views) < 2:
-            raise ValueError(f"layout={self.layout} needs the names of at least two views")
-        if self.crop_frames is not None and (self.crop_frames - 1) % TEMPORAL_STRIDE:
+    @field_validator("views")
+    @classmethod
+    def _are_different(cls, views: tuple[str, ...]) -> tuple[str, ...]:
+        twice = next((view for view in views if views.count(view) > 1), None)
+        if twice is not None:
+            raise ValueError(f"{twice} is there twice")
+        return views
+
+    @field_validator("layout")
+    @classmethod
+    def _has_views(cls, layout: Layout, info: ValidationInfo) -> Layout:
+        views = info.data.get("views")  # none where they have been refused
+        if layout != "single" and views is not None and len(views) < 2:
+            raise ValueError("it takes at least two views, named in `views`")
+        return layout
+
+    @field_validator("crop_frames")
+    @classmethod
+    def _are_whole_latent_frames(cls, crop_frames: int | None) -> int | None:
+        if crop_frames is not None and (crop_frames - 1) % TEMPORAL_STRIDE:
             raise ValueError(
-                f"crop_frames={self.crop_frames} is none of 5, 9, 13, …: a latent frame stands for "
-                f"{TEMPORAL_STRIDE} frames, the first for one"
+                f"a latent frame stands for {TEMPORAL_STRIDE} frames, and the first for one: choose 5, 9, 13, …"
             )
-        return self
+        return crop_frames
 
 
 class ModelInputs:

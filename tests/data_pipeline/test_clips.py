@@ -339,10 +339,10 @@ def test_draws_are_alike_whatever_else_is_drawn(index):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"crop_frames": 8}, "crop_frames=8 is none of 5, 9, 13"),
+        ({"crop_frames": 8}, "and the first for one: choose 5, 9, 13"),
         ({"crop_frames": 21}, "crop_frames=21, but the clips in .* have 17 frames"),
-        ({"views": ("front", "front")}, "views names one twice: front, front"),
-        ({"layout": "tile"}, "layout=tile needs the names of at least two views"),
+        ({"views": ("front", "front")}, "front is there twice"),
+        ({"layout": "tile"}, "it takes at least two views, named in `views`"),
         ({"views": ("front", "wide")}, "view=wide: .* has no such view; choose one of front, side, wrist, narrow"),
         (
             {"views": ("front", "narrow"), "layout": "stack_height"},
