@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 from jaxtyping import Bool, UInt8
 
-from ..sources.base import Episode, Footage
+from ..sources.base import Episode, Footage, read_undamaged
 from ..video_io import ViewConfig
 
 BLACK = 24
@@ -28,7 +28,11 @@ def crop_letterbox(
     for name, view in views.items():
         if view.crop is not None:
             continue
-        frames = footages[name].read(np.unique(footages[name].positions(times_s, episode.fps)).tolist())
+        positions = np.unique(footages[name].positions(times_s, episode.fps)).tolist()
+        sampled = [frame for frame in read_undamaged(footages[name], positions) if frame is not None]
+        if not sampled:
+            continue
+        frames = np.stack(sampled)
         box = picture_box(brightness(frames[:, ::-1, ::-1] if view.rotate_180 else frames))
         if box is not None:
             cropped[name] = view.model_copy(update={"crop": box})

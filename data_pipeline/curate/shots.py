@@ -6,7 +6,7 @@ numbers that `Footage.positions` and `Footage.read` use. Fades and dissolves are
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Literal
 
@@ -18,7 +18,7 @@ from pydantic import Field, PositiveFloat
 
 from configs.loader import StrictConfig, UserError
 
-from ..sources.base import Footage, VideoSegment
+from ..sources.base import Footage, VideoSegment, read_undamaged
 from ..video_index import VideoError, decode_from_key, decode_from_start, index_video, open_video, video_stream
 
 WINDOW = 2
@@ -133,17 +133,10 @@ def _small_video_frames(path: str, first: int, last: int) -> Iterator[tuple[int,
 def _small_images(footage: Footage, first: int, last: int) -> Iterator[tuple[int, np.ndarray]]:
     for start in range(first, last + 1, IMAGES_AT_ONCE):
         positions = range(start, min(start + IMAGES_AT_ONCE, last + 1))
-        for position, picture in zip(positions, _read_or_skip(footage, positions), strict=True):
+        for position, picture in zip(positions, read_undamaged(footage, positions), strict=True):
             if picture is not None:
                 size = _small_size(picture.shape[1], picture.shape[0])
                 yield position, np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BOX))
-
-
-def _read_or_skip(footage: Footage, positions: Sequence[int]) -> list[np.ndarray | None]:
-    try:
-        return list(footage.read(positions))
-    except VideoError:
-        return [None] if len(positions) == 1 else [_read_or_skip(footage, [one])[0] for one in positions]
 
 
 def _small_size(width: int, height: int) -> tuple[int, int]:

@@ -24,7 +24,15 @@ from configs.loader import StrictConfig
 
 from ..align import nearest_frames
 from ..embodiments import Embodiment
-from ..video_io import ViewConfig, decode_frames, decode_view, frame_indices_at, prepare_view, probe_video
+from ..video_io import (
+    VideoError,
+    ViewConfig,
+    decode_frames,
+    decode_view,
+    frame_indices_at,
+    prepare_view,
+    probe_video,
+)
 from ..video_pixels import rgb_to_planes
 
 MAX_INSTRUCTION_LENGTH = 2000
@@ -67,6 +75,14 @@ class Footage(Protocol):
     def read_view(self, positions: Sequence[int], view: ViewConfig) -> UInt8[np.ndarray, "f p w"]:
         """The same, cut and scaled to a view of the dataset, as planes (`video_pixels`)."""
         ...
+
+
+def read_undamaged(footage: Footage, positions: Sequence[int]) -> list[UInt8[np.ndarray, "h w 3"] | None]:
+    """The frames at these positions, None for each that is damaged: for samples, which need not be complete."""
+    try:
+        return list(footage.read(positions))
+    except VideoError:
+        return [None] if len(positions) == 1 else [read_undamaged(footage, [one])[0] for one in positions]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from data_pipeline.curate.filters import FilterConfig
 from data_pipeline.curate.idle import IdleConfig
 from data_pipeline.curate.shots import ShotConfig
 from data_pipeline.video_io import ViewConfig, decode_clip
+from tests.data_pipeline.damaged_videos import stored_packets
 from tests.data_pipeline.recordings import numbered_frames, read_numbers, write_lerobot_v21, write_video
 from tests.data_pipeline.test_curate import CAMERAS, curate, plan_for
 
@@ -151,6 +152,24 @@ def test_bars_are_cut_off(tmp_path):
     assert 30 <= cropped[0].meta.filter_scores["resolution"] <= 32
     assert "x64 picture at row" in record.repairs[-1] and "of the recorded 48x64 is used" in record.repairs[-1]
     assert cropped[0].key != whole[0].key  # other pixels, another clip
+
+
+def test_damaged_frames_cost_the_clips_that_show_them(tmp_path):
+    """Neither the episode, of which frames are looked at for bars and cuts, nor its other clips."""
+    frames = film(24)
+    frames[:, :9] = frames[:, -9:] = 16
+    path = write_video(tmp_path / "videos/a.mp4", frames, gop=6, options={"x264-params": "scenecut=0"})
+    keyframe = stored_packets(path)[6]
+    path.write_bytes(path.read_bytes().replace(keyframe, keyframe[:20] + bytes(len(keyframe) - 20)))
+    plan = plan_for(tmp_path, tmp_path / "videos", "video_folder", views={"main": ViewConfig(height=48, width=64)})
+    record, samples = curate(plan.model_copy(update={"filters": FilterConfig(crop_letterbox=True)}))
+    assert first_frames(samples) == [0, 12, 16]
+    assert [(one.clip_index, one.reason) for one in record.rejected] == [
+        (1, "undecodable_video"),
+        (2, "undecodable_video"),
+    ]
+    assert "frame 6 is damaged" in record.rejected[0].detail
+    assert "of the recorded 48x64 is used" in record.repairs[-1]
 
 
 def test_weights_that_are_missing_stop_the_build(tmp_path, robot):
