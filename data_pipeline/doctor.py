@@ -5,7 +5,8 @@
 Reads every episode's metadata, table and video headers (no pixels beyond one frame per file) and reports format,
 views, dimensions, the robot's layout as a YAML block for a source's config, what lies there and is not read, every
 repair the reader makes, and every episode that cannot be read. Settings are those of the source in a build's config,
-for example 'settings.action_keys=[actions]'. Exit code 0: all readable; 1: some episodes are not; 2: nothing to read.
+for example 'settings.action_keys=[actions]'. With --decode every frame is decoded, and damaged ones are named: they
+cost the clips that show them. Exit code 0: all readable; 1: some episodes or frames are not; 2: nothing to read.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import json
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
 from rich.console import Console
 from rich.progress import track
@@ -32,20 +35,25 @@ from .embodiment_proposal import propose_embodiment
 from .embodiments import Embodiment
 from .repairs import Repair, group_repairs, kind_of
 from .sources import FORMATS, Episode, Footage, Source, SourceConfig, SourceError, detect_kind
-from .sources.base import FootageInfo, printable
+from .sources.base import FootageInfo, printable, read_undamaged
 from .sources.ros import RosSource
 from .sources.video_folder import VideoFolderSource
 from .sources.video_json import VideoJsonSource
 from .video_io import VideoError
 
 SHOWN_LINES = 20  # of repairs and of unreadable episodes in the table; --json has them all
+FRAMES_AT_ONCE = 16  # held while they are looked at for damage
 MAX_PROPOSAL_EPISODES, MAX_PROPOSAL_ROWS = 20, 1000  # that a robot's layout is guessed from
+
+
+Tracked = TypeVar("Tracked")
 
 
 class DoctorConfig(StrictConfig):
     path: Path = Field(description="folder of the recording set (or one video file)")
     kind: str = Field(default="auto", description=f"the format: {', '.join(FORMATS)}; auto: found out")
     settings: dict[str, Any] = Field(default={}, description="settings of the source, as in a build's config")
+    decode: bool = Field(default=False, description="decode every frame, too, and name those that are damaged (slow)")
     as_json: bool = Field(default=False, alias="json", description="write the report as JSON instead of a table")
 
     @model_validator(mode="before")
@@ -77,6 +85,13 @@ class Unreadable(BaseModel):
     detail: str
 
 
+class Damage(BaseModel):
+    episode: str
+    view: str
+    path: str
+    frames: list[int]  # positions in the file that are damaged
+
+
 class Report(BaseModel):
     path: str
     kind: str
@@ -100,33 +115,34 @@ class Report(BaseModel):
     notes: list[str]  # what lies there and is not read
     repairs: list[Repair]
     unreadable: list[Unreadable]
+    damage: list[Damage] | None  # null: the frames were not decoded
 
 
 def main(config: DoctorConfig) -> int:
     kind = detect_kind(config.path) if config.kind == "auto" else config.kind
-    report = examine(config.path, kind, config.settings)
+    report = examine(config.path, kind, config.settings, decode=config.decode)
     if config.as_json:
         sys.stdout.write(json.dumps(report.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n")
     else:
         show(report, Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False))
-    return 1 if report.unreadable else 0
+    return 1 if report.unreadable or report.damage else 0
 
 
-def examine(path: Path, kind: str, settings: dict[str, Any] | None = None) -> Report:
-    """Read every episode and sum up. UserError when the set is unusable as a whole."""
+def examine(path: Path, kind: str, settings: dict[str, Any] | None = None, *, decode: bool = False) -> Report:
+    """Read every episode, with `decode` its frames too, and sum up. UserError when the set is unusable as a whole."""
     if kind not in FORMATS:
         raise UserError(f"kind={kind}: there is no such format{suggest(kind, list(FORMATS))}.")
     config_class = FORMATS[kind].config
     config = _source_config(config_class, {"path": path, **(settings or {})})
     try:
-        return _report(FORMATS[kind].open(config), path, kind, settings or {})
+        return _report(FORMATS[kind].open(config), path, kind, settings or {}, decode)
     except UserError as error:
         raise UserError(_as_typed_here(str(error), config_class)) from None
     except SourceError as error:  # of what all episodes share
         raise UserError(f"{error.where}: {error.detail}.") from error
 
 
-def _report(source: Source, path: Path, kind: str, settings: dict[str, Any]) -> Report:
+def _report(source: Source, path: Path, kind: str, settings: dict[str, Any], decode: bool) -> Report:
     episode_ids, embodiment = source.list_episodes(), source.embodiment()
     episodes, unreadable = _read_all(source, episode_ids)
     instructions = Counter(episode.instruction for episode in episodes if episode.instruction)
@@ -159,6 +175,7 @@ def _report(source: Source, path: Path, kind: str, settings: dict[str, Any]) -> 
         unreadable=[
             bad.model_copy(update={"detail": _as_typed_here(bad.detail, FORMATS[kind].config)}) for bad in unreadable
         ],
+        damage=_damage(episodes) if decode else None,
     )
 
 
@@ -203,10 +220,7 @@ def _propose(recorded: Embodiment, episodes: list[Episode]) -> tuple[Embodiment,
 
 def _read_all(source: Source, episode_ids: list[str]) -> tuple[list[Episode], list[Unreadable]]:
     episodes, unreadable = [], []
-    progress = Console(file=sys.stderr)
-    for episode_id in track(
-        episode_ids, "reading episodes", console=progress, transient=True, disable=not sys.stderr.isatty()
-    ):
+    for episode_id in _tracked(episode_ids, "reading episodes"):
         try:
             episodes.append(source.read_episode(episode_id))
         except SourceError as error:
@@ -221,6 +235,30 @@ def _read_all(source: Source, episode_ids: list[str]) -> tuple[list[Episode], li
                 Unreadable(episode=episode_id, reason="unexpected_error", where=str(source.name), detail=detail)
             )
     return episodes, unreadable
+
+
+def _damage(episodes: list[Episode]) -> list[Damage]:
+    found = []
+    for episode in _tracked(episodes, "decoding episodes"):
+        for view, footage in episode.views.items():
+            positions = np.unique(footage.positions(np.arange(episode.num_frames) / episode.fps, episode.fps))
+            frames = _damaged_among(positions.tolist(), footage)
+            if frames:
+                found.append(Damage(episode=episode.episode_id, view=view, path=footage.path, frames=frames))
+    return found
+
+
+def _damaged_among(positions: list[int], footage: Footage) -> list[int]:
+    damaged = []
+    for start in range(0, len(positions), FRAMES_AT_ONCE):
+        block = positions[start : start + FRAMES_AT_ONCE]
+        frames = read_undamaged(footage, block)
+        damaged += [position for position, frame in zip(block, frames, strict=True) if frame is None]
+    return damaged
+
+
+def _tracked(items: Sequence[Tracked], what: str) -> Iterable[Tracked]:
+    return track(items, what, console=Console(file=sys.stderr), transient=True, disable=not sys.stderr.isatty())
 
 
 def _views(episodes: list[Episode]) -> dict[str, ViewReport]:
@@ -272,6 +310,9 @@ def show(report: Report, console: Console) -> None:
         console.print(_lines("repairs made while reading", "episodes", lines))
     if report.unreadable:
         console.print(_lines("episodes that cannot be read", "episode, reason", _by_reason(report.unreadable)))
+    if report.damage:
+        lines = [(f"{bad.path}: frames {_spans(bad.frames)}", f"{bad.episode}, {bad.view}") for bad in report.damage]
+        console.print(_lines("damaged frames, which cost the clips that show them", "episode, view", lines))
     layout = report.proposed_embodiment or report.embodiment
     if layout is not None:
         block = dump_config(layout).rstrip().replace("\n", "\n  ")
@@ -348,6 +389,12 @@ def _by_reason(unreadable: list[Unreadable]) -> list[tuple[str, str]]:
         who = f"{len(others) + 1} episodes: {first.reason}" if others else f"{first.episode}\n{first.reason}"
         lines.append((what, who))
     return lines
+
+
+def _spans(frames: list[int]) -> str:
+    """[3, 4, 5, 9] -> "3-5, 9"."""
+    runs = np.split(frames, np.flatnonzero(np.diff(frames) != 1) + 1)
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 def _lines(title: str, second: str, lines: list[tuple[str, str]]) -> Table:

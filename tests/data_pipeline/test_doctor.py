@@ -12,6 +12,7 @@ import yaml
 from configs.loader import load_config, run_command
 from data_pipeline.doctor import DoctorConfig, main
 from data_pipeline.embodiments import Embodiment
+from tests.data_pipeline.damaged_videos import stored_packets
 from tests.data_pipeline.recordings import numbered_frames, write_lerobot_v3, write_lerobot_v21, write_video
 from tests.data_pipeline.test_sources_aloha import write_episode as write_aloha_episode
 
@@ -240,6 +241,21 @@ def test_a_damaged_first_picture_hides_nothing_else(tmp_path: Path, capsys: pyte
     view = json.loads(out)["views"]["cam_high"]
     assert (code, err) == (0, "")
     assert (view["num_files"], view["num_frames"], view["sizes"]) == (2, 24, [])
+
+
+def test_damaged_frames_are_named_where_they_are_decoded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_video(tmp_path / "a.mp4", numbered_frames(range(24)), gop=6, options={"x264-params": "scenecut=0"})
+    write_video(tmp_path / "b.mp4", numbered_frames(range(24)))
+    keyframe = stored_packets(path)[6]
+    path.write_bytes(path.read_bytes().replace(keyframe, keyframe[:20] + bytes(len(keyframe) - 20)))
+    code, out, _ = examine(tmp_path, capsys, "--json")
+    assert (code, json.loads(out)["damage"]) == (0, None)
+    code, out, _ = examine(tmp_path, capsys, "--json", "--decode")
+    assert code == 1
+    (damage,) = json.loads(out)["damage"]
+    assert (damage["view"], damage["path"], damage["frames"]) == ("main", str(path), [6, 7, 8, 9, 10, 11])
+    _, out, _ = examine(tmp_path, capsys, "--decode")
+    assert "damaged frames, which cost the clips that show them" in out and "frames 6-11" in out
 
 
 def test_the_layout_that_a_reader_knows_is_copied(shared_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
