@@ -3,6 +3,8 @@
 `InputConfig` travels with every export, so that evaluation and the policy in the loop show the model what training did.
 """
 
+from typing import Self
+
 from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 
 from configs.loader import StrictConfig, UserError
