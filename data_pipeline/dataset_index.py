@@ -75,6 +75,10 @@ class DatasetIndex(DatasetFolder):
     def key(self, i: int) -> str:
         return self._table["key"][int(i)].as_py()
 
+    def largest_shards(self, number: int) -> float:
+        """Bytes of so many shards at most."""
+        return float(np.sort(np.bincount(self._shard_of, weights=self._num_bytes))[-number:].sum())
+
     def take_traffic(self) -> Counter[str]:
         """Requests and retries of this process since this was asked last; none where the dataset is local."""
         taken = Counter(self.files.traffic)

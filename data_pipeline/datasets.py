@@ -9,6 +9,8 @@ motion is then the same number wherever it was recorded, and an export holds all
 """
 
 import json
+import logging
+import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, combinations
@@ -33,6 +35,8 @@ from .encoders import PixelCodec
 from .model_inputs import InputConfig, ModelInputs
 from .normalize import merge_stats
 from .storage import Address, StorageConfig
+
+logger = logging.getLogger(__name__)
 
 
 class Datasets(DatasetDescription):
@@ -81,6 +85,18 @@ class Datasets(DatasetDescription):
 
     def __len__(self) -> int:
         return self._starts[-1]
+
+    def warn_of_small_cache(self, window_shards: int) -> None:
+        """What is read in turns should fit: a block that goes and comes again is a long read for a short sample."""
+        kept = min(dataset.files.max_kept for dataset in self._all)
+        remote = [dataset for dataset in self._all if dataset.files.max_kept < math.inf]
+        window = sum(dataset.largest_shards(window_shards) for dataset in remote)
+        if window > kept:
+            logger.warning(
+                "%s: loader.shuffle.window_shards=%d shards are %.3g GB, but loader.storage.cache_gb=%.3g: much will "
+                "be fetched several times; raise the one or lower the other",
+                *(" and ".join(map(str, remote)), window_shards, window / 2**30, kept / 2**30),
+            )
 
     def find(self, position: int) -> tuple[str, int]:
         """Which dataset a sample is of, and its position there."""

@@ -18,6 +18,7 @@ import shutil
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -39,9 +40,9 @@ class DiskCache:
         self.folder, self.max_bytes = folder, max_bytes
         (folder / "blocks").mkdir(parents=True, exist_ok=True)
         (folder / "groups").mkdir(exist_ok=True)
-        # Record locks belong to a process and are not inherited, so a forked worker may use the same open file. They
-        # are lost when the process closes *any* open file of it: this one stays open.
-        self._lock = (folder / "lock").open("ab")
+        self._lock = _lock_file(folder / "lock")
+        with self._locked(_ROOM):  # some network file systems have no locks
+            pass
         self._held: list[BinaryIO] = []
 
     @contextmanager
@@ -69,10 +70,10 @@ class DiskCache:
     def write(self, key: str, block: bytes) -> None:
         """Keeps a block, if there is room for it."""
         sums = [zlib.crc32(block[first : first + CHUNK]) for first in range(0, len(block), CHUNK)]
-        data = block + np.array(sums, "<u4").tobytes()
+        parts = [block, np.array(sums, "<u4").tobytes()]
         with self._locked(_ROOM):  # until it is written, for nobody could count it before
-            if self._make_room(len(data)):
-                _write(self._block(key), [data])
+            if self._make_room(sum(map(len, parts))):
+                _write(self._block(key), parts)
 
     def _block(self, key: str) -> Path:
         return self.folder / "blocks" / key[:2] / key
@@ -173,6 +174,13 @@ class DiskCache:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
+
+
+@cache
+def _lock_file(path: Path) -> BinaryIO:
+    """Record locks belong to a process and are not inherited, so forked workers may use the same open file. They are
+    lost when their process closes *any* open file of that name: so all caches share one, which stays open."""
+    return path.open("ab")
 
 
 def _checked(file: int, size: int, begin: int, end: int) -> bytes | None:

@@ -8,6 +8,7 @@ taken for what it was.
 import hashlib
 import itertools
 import logging
+import math
 import os
 import random
 import secrets
@@ -27,7 +28,7 @@ from .shards import ShardError, ShardReader
 
 logger = logging.getLogger(__name__)
 
-Url = Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://"), AfterValidator(lambda url: url.rstrip("/"))]
+Url = Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://[^/]"), AfterValidator(lambda url: url.rstrip("/"))]
 Address = Path | Url
 """A local folder, or the URL of a remote one (a `Path` would make `s3:/` of `s3://`). Both are printed as they are."""
 
@@ -67,6 +68,7 @@ class DatasetFiles(Protocol):
     """The files of a dataset, by their names in its folder."""
 
     traffic: Counter[str]  # `TRAFFIC` of this process since it was last cleared
+    max_kept: float  # bytes that are kept on this machine at most
 
     def fetch(self, names: Sequence[str]) -> Path:
         """A local folder that holds those of these files that exist."""
@@ -83,6 +85,7 @@ class LocalFiles(ShardReader):
     def __init__(self, root: Path) -> None:
         super().__init__(root)
         self.traffic: Counter[str] = Counter()
+        self.max_kept = math.inf
 
     def fetch(self, names: Sequence[str]) -> Path:
         return self.root
@@ -108,12 +111,13 @@ class RemoteFiles:
     def __init__(self, address: str, config: StorageConfig) -> None:
         self.address, self.config = address.rstrip("/"), config
         self.traffic: Counter[str] = Counter()
+        self.max_kept = config.cache_gb * 2**30
         self._protocol = address.partition("://")[0]
         if self._protocol not in PACKAGES:
             known = ", ".join(f"{name}://" for name in PACKAGES if name != "memory")
             raise UserError(f"{address}: {self._protocol}:// is not known; give a local folder, or one of {known}.")
         try:
-            self._cache = DiskCache(config.cache_dir, round(config.cache_gb * 2**30))
+            self._cache = DiskCache(config.cache_dir, round(self.max_kept))
         except OSError as error:
             raise UserError(
                 f"{config.cache_dir}: {error.strerror}, so remote data cannot be kept there; set storage.cache_dir to "
@@ -131,7 +135,10 @@ class RemoteFiles:
         try:
             files = [file for name in names if (file := self._find_or_skip(name, may_skip=name != names[0]))]
             if not files:
-                raise UserError(f"{self.address}: no {names[0]} is there; give the address of a dataset's folder.")
+                raise UserError(
+                    f"{self.address}: holds no {names[0]}, or there is no such bucket or folder; give the address of a "
+                    "copy of a finished build's `out` folder."
+                )
             group = self._cache.hold(_digest(self.address, *files))
             with self._cache.alone(group.name):
                 for file in files:

@@ -161,6 +161,8 @@ def resume_run(config: TrainConfigT) -> TrainConfigT:
 
 
 def dataset_batches(datasets: Datasets, config: LoaderConfig) -> OpenBatches:
+    datasets.warn_of_small_cache(config.shuffle.window_shards)
+
     @cache
     def plan(split: Split) -> SamplePlan | None:
         return plan_samples(datasets, config.model_copy(update={"split": split}), may_lack=split == "validation")

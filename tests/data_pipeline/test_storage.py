@@ -3,12 +3,14 @@
 import multiprocessing
 import os
 import pickle
+import random
 import re
 import shutil
 from collections import Counter
 from itertools import islice
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,6 +22,7 @@ from data_pipeline.dataset_index import DatasetIndex
 from data_pipeline.datasets import Datasets
 from data_pipeline.disk_cache import _ROOM, CHUNK, DiskCache
 from data_pipeline.loader import Loader, LoaderConfig
+from data_pipeline.shards import ShardError
 from data_pipeline.storage import Address, StorageConfig, open_files
 from data_pipeline.verify import VerifyConfig, main, verify
 from pretrain.metrics import read_metrics
@@ -123,8 +126,6 @@ def test_a_spawned_process_opens_connections_of_its_own(server, config):
 
 
 def test_memory_and_other_clients_without_an_event_loop(folder, config):
-    import fsspec
-
     memory = fsspec.filesystem("memory")
     memory.put(str(folder), "/dataset", recursive=True)
     try:
@@ -266,6 +267,29 @@ def test_damaged_blocks_are_fetched_again(folder, server, config, damage):
     assert shard_requests(server) == before + len(kept)
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.data())
+def test_any_range_is_that_of_the_file(tmp_path_factory, data):
+    content = random.Random(0).randbytes(5 * CHUNK + 17)
+    fsspec.filesystem("memory").pipe("/ranges/a", content)
+    block_mb = data.draw(st.sampled_from([1000, CHUNK, CHUNK + 1, 8 * CHUNK])) / 2**20
+    files = open_files("memory://ranges", StorageConfig(cache_dir=tmp_path_factory.mktemp("ranges"), block_mb=block_mb))
+    for _ in range(8):
+        begin, end = sorted(data.draw(st.tuples(*[st.integers(0, len(content))] * 2)))
+        assert files.read("a", begin, end - begin) == content[begin:end]
+    with pytest.raises(ShardError, match=f"ends at byte {len(content)}, but this sample should reach to byte"):
+        files.read("a", len(content), 1)
+
+
+def test_a_cache_smaller_than_the_shuffle_is_told(server, folder, config, caplog):
+    remote = Datasets.open({"": server.address}, small(config))
+    remote.warn_of_small_cache(1)
+    Datasets.open({"": folder}).warn_of_small_cache(16)
+    assert not caplog.records
+    remote.warn_of_small_cache(16)
+    assert "much will be fetched several times" in caplog.text
+
+
 def test_damaged_descriptions_are_fetched_again(server, config):
     DatasetIndex(server.address, config)
     (manifest,) = config.cache_dir.rglob("files/manifest.parquet")
@@ -363,6 +387,7 @@ def test_an_address_is_a_path_or_a_url(tmp_path):
     path = load_config(AddressConfig, None, ["dataset=~/runs/demo"]).dataset
     assert path == Path.home() / "runs/demo"
     assert load_config(AddressConfig, None, ["dataset=s3://bucket/x/"]).dataset == "s3://bucket/x"
+    assert load_config(AddressConfig, None, ["dataset=s3://"]).dataset == Path("s3:")  # no such folder
 
 
 def refusal(capsys, *arguments):
@@ -382,7 +407,7 @@ def arguments(config):
 @pytest.mark.parametrize(
     ("status", "sentence"),
     [
-        (404, r"no dataset\.yaml is there; give the address of a dataset's folder"),
+        (404, r"holds no dataset\.yaml, or there is no such bucket or folder; give the address"),
         (403, r"403.*; check the address"),
         (503, r"503.*; check the address, and whether this machine reaches it"),
     ],
@@ -415,7 +440,7 @@ def test_s3_errors(s3_server, arguments, capsys):
     s3_server.status = 403
     assert "check the address and the credentials (AWS_ACCESS_KEY_ID" in refusal(capsys, "s3://bucket/x", *arguments)
     s3_server.status = 404
-    assert "no dataset.yaml is there" in refusal(capsys, "s3://bucket/y", *arguments)
+    assert "holds no dataset.yaml" in refusal(capsys, "s3://bucket/y", *arguments)
 
 
 def test_a_cache_that_is_too_small_or_cannot_be(server, config, arguments, tmp_path, capsys):
