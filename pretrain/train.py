@@ -98,7 +98,7 @@ MAY_CHANGE = frozenset(
     | {"loader.num_workers", "loader.prefetch_factor", "loader.check_sha256", "loader.max_bad_fraction"}
     | {f"loader.storage.{name}" for name in StorageConfig.model_fields}
     | {"engine.kind", "engine.zero_stage", "engine.sharding", "engine.sequence_parallel", "engine.grad_accum_steps"}
-    | {"engine.timeout_s"}
+    | {"engine.timeout_s", "engine.attention", "engine.compile", "engine.activation_checkpointing"}
 )
 
 
@@ -199,7 +199,7 @@ def train(
         raise UserError(f"{config.loader.dataset}: its train split holds nothing to train on.")
     check_micro_batches(batches.batch_sizes, engine)
     if engine.is_main:
-        settled = config.engine.model_copy(update={"precision": engine.precision})
+        settled = config.engine.model_copy(update={"precision": engine.precision, "attention": engine.attention})
         write_config(config.run_dir, config.model_copy(update={"engine": settled}))
     engine.barrier()
     log_start(engine, state, config)
@@ -270,8 +270,8 @@ def resume(checkpoints: Checkpoints, ema: ExponentialMovingAverage, num_steps: i
 def log_start(engine: Engine, state: TrainState, config: TrainConfig) -> None:
     size = sum(math.prod(shape) for shape in engine.shapes.values())
     logger.info(
-        "%s on %d %s rank(s), %s, %.2f M parameters, from step %d to %d in %s",
-        *(config.engine.kind, engine.world_size, engine.device.type, engine.precision, size / 1e6),
+        "%s on %d %s rank(s), %s, %s attention, %.2f M parameters, from step %d to %d in %s",
+        *(config.engine.kind, engine.world_size, engine.device.type, engine.precision, engine.attention, size / 1e6),
         *(state.step, config.num_steps, config.run_dir),
     )
 

@@ -136,9 +136,9 @@ class JointVideoAction(nn.Module):
         action_embedding = world_model.embed_actions(batch["actions"], conditioned, noised_video)
         future, video_embedding = world_model.future_group(noised_video, context, video_time, action_embedding)
         chunk, chunk_embedding = self.action_expert.action_group(noised_actions, action_time)
-        groups = [world_model.context_group(context), self.action_expert.proprio_group(proprio), future, chunk]
+        groups = [world_model.context_group(context), future, self.action_expert.proprio_group(proprio), chunk]
         tokens, _ = run_experts(self.experts, self.project_text(batch["text_tokens"]), groups, VISIBILITY)
-        video_pred = world_model.read_future(tokens[2], video_embedding, noised_video)
+        video_pred = world_model.read_future(tokens[1], video_embedding, noised_video)
         return video_pred, self.action_expert.read_actions(tokens[3], chunk_embedding, noised_actions.shape[1])
 
     @torch.no_grad()
@@ -156,7 +156,7 @@ class JointVideoAction(nn.Module):
         config, world_model = self.config, self.world_model
         projected = self.project_text(text)
         clean = [world_model.context_group(context), self.action_expert.proprio_group(proprio)]
-        _, past = run_experts(self.experts, projected, clean, VISIBILITY)
+        _, past = run_experts(self.experts, projected, clean, VISIBILITY, keep=True)
         frames = self.action_horizon // world_model.action_conditioner.actions_per_latent
         video = torch.randn(len(context), frames, *context.shape[2:], generator=generator)
         actions = torch.randn(len(context), self.action_horizon, self.action_dim, generator=generator)

@@ -12,13 +12,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from configs.loader import StrictConfig
 
 from ..draws import SampleDraws
+from ..models.attention import AttentionBackend
+from ..models.execution import Checkpointing, Execution, set_execution
 from ..world_models.base import LossTerms
+from .kernels import resolve_attention
 from .ranks import join_ranks, resolve_precision
 from .sequence_parallel import split_sequence
 from .shards import STEP, Shard, make_optimizer_states, optimizer_states
@@ -41,7 +44,30 @@ class EngineConfig(StrictConfig):
         1, ge=1, description="consecutive ranks that share each sequence (Ulysses); divides the attention heads"
     )
     sharding: Literal["ddp", "fsdp2"] = Field("ddp", description="accelerate: replicate the weights or shard them")
+    attention: AttentionBackend | Literal["auto"] = Field(
+        "auto", description="kernel; auto: cudnn or flash on a GPU, on a CPU what is faster; the run keeps to it"
+    )
+    activation_checkpointing: Checkpointing = Field(
+        "none", description="less memory: compute activations again, all (full) or all but products (selective)"
+    )
+    compile: bool = Field(
+        False, description="fuse norms, modulation and rotary by torch.compile; takes minutes at first"
+    )
     timeout_s: float = Field(1800, gt=0, le=1e6, description="how long a rank waits for the others before it gives up")
+
+    @model_validator(mode="after")
+    def _zero_3_computes_as_it_likes(self) -> "EngineConfig":
+        if self.kind != "deepspeed" or self.zero_stage != 3:
+            return self
+        if self.compile:
+            raise ValueError(
+                "compile does not go with zero_stage 3, which gathers each layer's weights inside of what would be "
+                "compiled; choose zero_stage 2, or kind accelerate with sharding fsdp2"
+            )
+        if self.activation_checkpointing == "selective":
+            # Its linear layer adds the bias in place, into the very product that is kept: gradients would be wrong.
+            raise ValueError("activation_checkpointing selective does not go with zero_stage 3; choose full or none")
+        return self
 
 
 @dataclass(frozen=True)
@@ -82,6 +108,8 @@ class Engine(ABC):
         self.grad_accum_steps = config.grad_accum_steps
         self.module = module.to(self.device)
         self.sequence_parallel = config.sequence_parallel
+        self.attention = resolve_attention(config.attention, self.precision, self.ranks)
+        set_execution(module, Execution(self.attention, config.activation_checkpointing, config.compile))
         split_sequence(module, self.ranks, self.sequence_parallel, config.timeout_s)
         self._loss_module = LossModule(self.module)
         names: dict[int, str] = {}

@@ -11,15 +11,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import lru_cache
+from itertools import accumulate
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Complex, Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from .sequence import ONE_RANK, SequenceRanks
 
-Rotary = Complex[Tensor, "n half"]
-"""Rotation per token and per pair of head channels, as complex numbers of modulus 1."""
+Rotary = Float[Tensor, "n half 2"]
+"""Rotation per token and per pair of head channels: cosine and sine, as complex numbers lie in memory."""
 
 
 @dataclass(frozen=True)
@@ -69,20 +72,29 @@ Visibility = Mapping[tuple[str, str], Rule | Visible]
 """(query group, key group) -> rule. A missing pair is `never`."""
 
 
+FAR = 1 << 30
+_DISTANCES = {
+    Rule.NEVER: (1, 0),
+    Rule.ALWAYS: (-FAR, FAR),
+    Rule.SAME_BLOCK: (0, 0),
+    Rule.EARLIER_BLOCKS: (1, FAR),
+    Rule.SAME_OR_EARLIER_BLOCKS: (0, FAR),
+}
+
+
+def distances(rule: Rule | Visible) -> tuple[int, int]:
+    """Smallest and largest number of chunks that a key may lie before its query, both included; smallest first."""
+    if isinstance(rule, Rule):
+        return _DISTANCES[rule]
+    low, high = _DISTANCES[rule.rule]
+    return (low, high) if rule.window is None else (max(low, -rule.window), min(high, rule.window))
+
+
 def visible(rule: Rule | Visible, query: Int[Tensor, "q"], key: Int[Tensor, "k"]) -> Bool[Tensor, "q k"]:
     """Apply one rule to the chunk indices of two groups; True means "may look at"."""
-    if isinstance(rule, Rule):
-        rule = Visible(rule)
-    query, key = query[:, None], key[None, :]
-    distance = query - key
-    mask = {
-        Rule.NEVER: torch.zeros_like(distance, dtype=torch.bool),
-        Rule.ALWAYS: torch.ones_like(distance, dtype=torch.bool),
-        Rule.SAME_BLOCK: distance == 0,
-        Rule.EARLIER_BLOCKS: distance > 0,
-        Rule.SAME_OR_EARLIER_BLOCKS: distance >= 0,
-    }[rule.rule]
-    return mask if rule.window is None else mask & (distance.abs() <= rule.window)
+    low, high = distances(rule)
+    distance = query[:, None] - key[None, :]
+    return (low <= distance) & (distance <= high)
 
 
 GroupHeader = tuple[str, tuple[int, ...]]
@@ -93,39 +105,96 @@ def header(group: TokenGroup) -> GroupHeader:
     return group.name, tuple(group.block_index.tolist())
 
 
-def attention_mask(
+@dataclass(frozen=True)
+class Part:
+    """Consecutive queries that look at the same groups of keys; `mask` is None where they see all of those."""
+
+    queries: slice
+    keys: tuple[slice, ...]
+    mask: Bool[Tensor, "q k"] | BlockMask | None
+
+
+AttentionPlan = Sequence[Part]
+"""The attention of one sequence, so that no product is computed whose result would be hidden."""
+
+
+_Rules = Mapping[tuple[str, str], tuple[int, int]]
+_Table = tuple[tuple[tuple[str, str], tuple[int, int]], ...]
+
+
+def attention_plan(
     queries: Sequence[GroupHeader], keys: Sequence[GroupHeader], visibility: Visibility, device: torch.device
-) -> Bool[Tensor, "q k"] | None:
-    """The mask of one sequence, True = visible; None when every token sees every token (so fast paths apply)."""
-    rules = tuple(sorted((pair, _as_visible(rule)) for pair, rule in visibility.items()))
-    mask = _compiled_mask(tuple(queries), tuple(keys), rules)
-    return None if mask is None else mask.to(device)
+) -> AttentionPlan:
+    """Who looks at whom, group by group: without a mask where whole groups see whole groups.
 
-
-def _as_visible(rule: Rule | Visible) -> tuple[str, int]:
-    rule = Visible(rule) if isinstance(rule, Rule) else rule
-    return rule.rule.value, -1 if rule.window is None else rule.window
+    A mask is a FlexAttention block mask on a GPU, where it saves the hidden blocks' work, and boolean on a CPU.
+    """
+    table = tuple(sorted((pair, distances(rule)) for pair, rule in visibility.items()))
+    return _plan(tuple(queries), tuple(keys), table, device)
 
 
 @lru_cache(maxsize=256)
-def _compiled_mask(
-    queries: tuple[GroupHeader, ...],
-    keys: tuple[GroupHeader, ...],
-    rules: tuple[tuple[tuple[str, str], tuple[str, int]], ...],
-) -> Bool[Tensor, "q k"] | None:
-    table = {pair: Visible(Rule(rule), None if window < 0 else window) for pair, (rule, window) in rules}
-    rows = [
-        torch.cat(
-            [
-                visible(table.get((query, key), Rule.NEVER), torch.tensor(query_blocks), torch.tensor(key_blocks))
-                for key, key_blocks in keys
-            ],
-            dim=1,
-        )
-        for query, query_blocks in queries
-    ]
-    mask = torch.cat(rows)
-    if not mask.any(1).all():
-        blind = int((~mask.any(1)).nonzero()[0])
-        raise ValueError(f"token {blind} sees nothing: give its group a rule for itself in the visibility table")
-    return None if mask.all() else mask
+def _plan(
+    queries: tuple[GroupHeader, ...], keys: tuple[GroupHeader, ...], table: _Table, device: torch.device
+) -> AttentionPlan:
+    rules = dict(table)
+    key_slices = _slices(keys)
+    parts: list[Part] = []
+    for query, rows in zip(queries, _slices(queries), strict=True):
+        by_chunk = [_mask_of_chunks(query, key, rules) for key in keys]
+        if not torch.cat(by_chunk, 1).any(1).all():
+            raise ValueError(f"a token of {query[0]} sees nothing: give it a rule for itself in the visibility table")
+        seen = [number for number, mask in enumerate(by_chunk) if mask.any()]
+        is_whole = all(by_chunk[number].all() for number in seen)
+        mask = None if is_whole else _mask(query, [keys[number] for number in seen], rules, device)
+        part = Part(rows, _joined([key_slices[number] for number in seen]), mask)
+        if parts and parts[-1].mask is None and mask is None and parts[-1].keys == part.keys:
+            part = replace(part, queries=slice(parts.pop().queries.start, rows.stop))
+        parts.append(part)
+    return parts
+
+
+def _mask_of_chunks(query: GroupHeader, key: GroupHeader, rules: _Rules) -> Bool[Tensor, "q k"]:
+    """The rule of two groups on the chunks that occur in them."""
+    low, high = rules.get((query[0], key[0]), _DISTANCES[Rule.NEVER])
+    distance = torch.tensor(sorted(set(query[1])))[:, None] - torch.tensor(sorted(set(key[1])))
+    return (low <= distance) & (distance <= high)
+
+
+def _mask(
+    query: GroupHeader, keys: Sequence[GroupHeader], rules: _Rules, device: torch.device
+) -> Bool[Tensor, "q k"] | BlockMask:
+    bounds = [rules.get((query[0], name), _DISTANCES[Rule.NEVER]) for name, _ in keys]
+    low, high = (
+        torch.cat([torch.full((len(chunks),), bound[end]) for bound, (_, chunks) in zip(bounds, keys, strict=True)])
+        for end in (0, 1)
+    )
+    query_chunk, key_chunk = torch.tensor(query[1]), torch.cat([torch.tensor(chunks) for _, chunks in keys])
+    low, high, query_chunk, key_chunk = (x.to(device) for x in (low, high, query_chunk, key_chunk))
+
+    def is_visible(batch: Any, head: Any, q: Tensor, k: Tensor) -> Tensor:
+        distance = query_chunk[q] - key_chunk[k]
+        return (low[k] <= distance) & (distance <= high[k])
+
+    num_queries, num_keys = len(query_chunk), len(key_chunk)
+    if _takes_block_masks(device):
+        return create_block_mask(is_visible, None, None, num_queries, num_keys, device=device.type)
+    return is_visible(None, None, torch.arange(num_queries)[:, None], torch.arange(num_keys))
+
+
+def _takes_block_masks(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _slices(groups: Sequence[GroupHeader]) -> list[slice]:
+    ends = list(accumulate(len(chunks) for _, chunks in groups))
+    return [slice(end - len(chunks), end) for end, (_, chunks) in zip(ends, groups, strict=True)]
+
+
+def _joined(parts: Sequence[slice]) -> tuple[slice, ...]:
+    """Neighbours as one."""
+    joined: list[slice] = []
+    for part in parts:
+        start = joined.pop().start if joined and joined[-1].stop == part.start else part.start
+        joined.append(slice(start, part.stop))
+    return tuple(joined)

@@ -9,16 +9,19 @@ included (diffusers' `WanTransformerBlock`), so its weights load strictly.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from .attention import attend, attention
+from .execution import Executed
 from .sequence import HeadExchange
-from .token_groups import GroupHeader, Rotary, TokenGroup, Visibility, attention_mask, header
+from .token_groups import AttentionPlan, GroupHeader, Rotary, TokenGroup, Visibility, attention_plan, header
 
 Modulation = Float[Tensor, "b m d"]
 
@@ -69,7 +72,7 @@ class FeedForward(nn.Module):
         return x
 
 
-class ExpertBlock(nn.Module):
+class ExpertBlock(Executed):
     """One layer of one expert, in the two halves that lie before and after the shared attention."""
 
     entry_points = ("modulations", "attention_inputs", "after_attention")  # it has no forward for FSDP2 to hook into
@@ -90,9 +93,11 @@ class ExpertBlock(nn.Module):
         """(shift, scale, gate) of the attention, then of the feed-forward; in float32, as Wan keeps them."""
         return (self.scale_shift_table[:, None].float() + rows.float()).unbind(2)
 
-    def attention_inputs(self, x: Float[Tensor, "b n d"], shift: Modulation, scale: Modulation) -> tuple[Tensor, ...]:
-        normed = modulate(self.norm1(x.float()), shift, scale).type_as(x)
-        return self.attn1.queries(normed), *self.attn1.keys_values(normed)
+    def attention_inputs(
+        self, x: Float[Tensor, "b n d"], modulations: tuple[Modulation, ...], rotary: Rotary
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        shift, scale, *_ = modulations
+        return self.execution.prepare(_attention_inputs)(self, x, shift, scale, rotary)
 
     def after_attention(
         self,
@@ -101,12 +106,37 @@ class ExpertBlock(nn.Module):
         text: Float[Tensor, "b l d"],
         modulations: tuple[Modulation, ...],
     ) -> Float[Tensor, "b n d"]:
-        _, _, gate, ffn_shift, ffn_scale, ffn_gate = modulations
-        x = (x.float() + per_row(self.attn1.output(attended), gate)).type_as(x)
-        query = self.attn2.queries(self.norm2(x.float()).type_as(x))
-        x = x + self.attn2.output(attention(query, *self.attn2.keys_values(text)))
-        fed = self.ffn(modulate(self.norm3(x.float()), ffn_shift, ffn_scale).type_as(x))
-        return (x.float() + per_row(fed.float(), ffn_gate)).type_as(x)
+        _, _, gate, *of_feed_forward = modulations
+        prepare = self.execution.prepare
+        x, query, key, value = prepare(_text_attention_inputs)(self, x, attended, text, gate)
+        read = attention(query, key, value, backend=self.execution.attention)
+        return prepare(_feed_forward)(self, x, read, *of_feed_forward)
+
+
+# The parts of a block between its attentions, as functions: each can be compiled, once for all blocks ----------------
+
+
+def _attention_inputs(
+    block: ExpertBlock, x: Tensor, shift: Modulation, scale: Modulation, rotary: Rotary
+) -> tuple[Tensor, Tensor, Tensor]:
+    normed = modulate(block.norm1(x.float()), shift, scale).type_as(x)
+    query, (key, value) = block.attn1.queries(normed), block.attn1.keys_values(normed)
+    return rotate(query, rotary), rotate(key, rotary), value
+
+
+def _text_attention_inputs(
+    block: ExpertBlock, x: Tensor, attended: Tensor, text: Tensor, gate: Modulation
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x = (x.float() + per_row(block.attn1.output(attended), gate)).type_as(x)
+    return x, block.attn2.queries(block.norm2(x.float()).type_as(x)), *block.attn2.keys_values(text)
+
+
+def _feed_forward(
+    block: ExpertBlock, x: Tensor, read: Tensor, shift: Modulation, scale: Modulation, gate: Modulation
+) -> Tensor:
+    x = x + block.attn2.output(read)
+    fed = block.ffn(modulate(block.norm3(x.float()), shift, scale).type_as(x))
+    return (x.float() + per_row(fed.float(), gate)).type_as(x)
 
 
 class FP32LayerNorm(nn.LayerNorm):
@@ -132,21 +162,16 @@ def modulate(x: Float[Tensor, "b n d"], shift: Modulation, scale: Modulation) ->
 def rotate(x: Float[Tensor, "b n h e"], rotary: Rotary) -> Float[Tensor, "b n h e"]:
     """Rotary positions on interleaved channel pairs (Wan's convention, not rotate-half), in float32.
 
-    A pair is a complex number and its rotation one complex product: one pass over memory instead of seven.
+    A pair is a complex number and its rotation one complex product: one pass over memory instead of seven. The
+    compiler knows no complex numbers, and makes one pass of the written-out product by itself.
     """
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotary[:, None]).flatten(-2).type_as(x)
-
-
-def attention(
-    query: Float[Tensor, "b q h e"],
-    key: Float[Tensor, "b k h e"],
-    value: Float[Tensor, "b k h e"],
-    mask: Bool[Tensor, "q k"] | None = None,
-) -> Float[Tensor, "b q h e"]:
-    """Scaled dot-product attention; True in the mask means visible."""
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():
+        (real, imaginary), (cosine, sine) = pairs.unbind(-1), rotary[:, None].unbind(-1)
+        rotated = torch.stack([real * cosine - imaginary * sine, real * sine + imaginary * cosine], -1)
+    else:
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotary)[:, None])
+    return rotated.flatten(-2).type_as(x)
 
 
 @dataclass
@@ -168,37 +193,85 @@ def run_experts(
     groups: Sequence[TokenGroup],
     visibility: Visibility,
     past: KeyValueCache | None = None,
+    keep: bool = False,
 ) -> tuple[list[Float[Tensor, "b n d"]], KeyValueCache]:
-    """Run all groups through their experts' blocks; returns each group's tokens and this call's keys and values.
+    """Run all groups through their experts' blocks; returns each group's tokens and, if asked, keys and values to keep.
 
     `experts` and `text` (already projected to each expert's width) go by expert name. `past` holds groups that were
     run before (a clean context, say): they are seen where the visibility table lets them be seen, and not recomputed.
     """
     past = past or KeyValueCache()
     headers = [header(group) for group in groups]
-    mask = attention_mask(headers, past.headers + headers, visibility, groups[0].tokens.device)
+    plan = attention_plan(headers, past.headers + headers, visibility, groups[0].tokens.device)
     group_sizes = [(len(group.block_index), group.modulation.shape[1]) for group in groups]
     exchange = HeadExchange(groups[0].sequence, group_sizes, groups[0].tokens.device)
-    sizes = [group.tokens.shape[1] for group in groups]
-    tokens = [group.tokens for group in groups]
-    present = KeyValueCache(headers=headers)
+    streams = merged(groups)
+    tokens = tuple(stream.tokens for stream in streams)
+    present = KeyValueCache(headers=headers if keep else [])
     for layer in range(len(experts[groups[0].expert])):
-        blocks = [cast(ExpertBlock, experts[group.expert][layer]) for group in groups]
-        modulations = [block.modulations(group.modulation) for block, group in zip(blocks, groups, strict=True)]
-        queries, keys, values = [], [], []
-        for block, x, rows, group in zip(blocks, tokens, modulations, groups, strict=True):
-            query, key, value = block.attention_inputs(x, rows[0], rows[1])
-            queries.append(rotate(query, group.rotary))
-            keys.append(rotate(key, group.rotary))
-            values.append(value)
-        query, key, value = exchange.to_heads(*(torch.cat(parts, 1) for parts in (queries, keys, values)))
-        present.layers.append((key, value))
-        if past.layers:
-            key = torch.cat([past.layers[layer][0], key], 1)
-            value = torch.cat([past.layers[layer][1], value], 1)
-        attended = exchange.to_tokens(attention(query, key, value, mask)).split(sizes, dim=1)
-        tokens = [
-            block.after_attention(x, part, text[group.expert], rows)
-            for block, x, part, rows, group in zip(blocks, tokens, attended, modulations, groups, strict=True)
-        ]
-    return tokens, present
+        blocks = [cast(ExpertBlock, experts[stream.expert][layer]) for stream in streams]
+        run = partial(_layer, blocks, streams, text, plan, exchange, past.layers[layer] if past.layers else None)
+        tokens, key, value = blocks[0].execution.run_layer(run, *tokens)
+        if keep:
+            present.layers.append((key, value))
+    return _unmerged(tokens, groups), present
+
+
+def merged(groups: Sequence[TokenGroup]) -> list[TokenGroup]:
+    """Neighbours of one expert as one group, where their modulation rows are as long: fewer and larger products."""
+    streams: list[TokenGroup] = []
+    for group in groups:
+        if streams and _row(streams[-1]) == _row(group):
+            group = _joined(streams.pop(), group)
+        streams.append(group)
+    return streams
+
+
+def _unmerged(tokens: Sequence[Float[Tensor, "b n d"]], groups: Sequence[TokenGroup]) -> list[Float[Tensor, "b n d"]]:
+    """Each group's tokens, of those of the streams."""
+    streams, parts = list(tokens), []
+    for size in (group.tokens.shape[1] for group in groups):
+        part, rest = streams[0].tensor_split([size], 1)
+        parts.append(part)
+        streams = [rest, *streams[1:]] if rest.shape[1] else streams[1:]
+    return parts
+
+
+def _row(group: TokenGroup) -> tuple[str, int]:
+    return group.expert, group.tokens.shape[1] // group.modulation.shape[1]
+
+
+def _joined(first: TokenGroup, second: TokenGroup) -> TokenGroup:
+    return replace(
+        first,
+        tokens=torch.cat([first.tokens, second.tokens], 1),
+        modulation=torch.cat([first.modulation, second.modulation], 1),
+        rotary=torch.cat([first.rotary, second.rotary]),
+        block_index=torch.cat([first.block_index, second.block_index]),
+    )
+
+
+def _layer(
+    blocks: Sequence[ExpertBlock],
+    streams: Sequence[TokenGroup],
+    text: Mapping[str, Tensor],
+    plan: AttentionPlan,
+    exchange: HeadExchange,
+    past: tuple[Tensor, Tensor] | None,
+    *tokens: Float[Tensor, "b n d"],
+) -> tuple[tuple[Float[Tensor, "b n d"], ...], Tensor, Tensor]:
+    """One layer of all streams; returns their tokens, and the layer's own keys and values."""
+    rows = [block.modulations(stream.modulation) for block, stream in zip(blocks, streams, strict=True)]
+    inputs = [
+        block.attention_inputs(x, row, stream.rotary)
+        for block, x, row, stream in zip(blocks, tokens, rows, streams, strict=True)
+    ]
+    query, key, value = exchange.to_heads(*(torch.cat(parts, 1) for parts in zip(*inputs, strict=True)))
+    keys, values = (key, value) if past is None else (torch.cat([past[0], key], 1), torch.cat([past[1], value], 1))
+    attended = exchange.to_tokens(attend(query, keys, values, plan, blocks[0].execution.attention))
+    parts = attended.split([x.shape[1] for x in tokens], 1)
+    after = tuple(
+        block.after_attention(x, part, text[stream.expert], row)
+        for block, x, part, row, stream in zip(blocks, tokens, parts, rows, streams, strict=True)
+    )
+    return after, key, value

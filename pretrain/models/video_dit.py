@@ -218,4 +218,4 @@ def rotary_table(dim: int, positions: Tensor, theta: float = 10000.0) -> Float[T
 
 
 def rotations(angles: Float[Tensor, "n half"], device: torch.device) -> Rotary:
-    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64).to(device)
+    return torch.stack([angles.cos(), angles.sin()], -1).float().to(device)

@@ -214,7 +214,7 @@ class ObservationSpaceWorldModel(nn.Module):
         draws = num_draws if num_inference_steps == 1 else 1
         projected = self.video.condition_embedder.text_embedder(text)
         experts, text_by_expert = {VIDEO_EXPERT: self.video.blocks}, {VIDEO_EXPERT: projected}
-        _, past = run_experts(experts, text_by_expert, [self.context_group(context)], VISIBILITY)
+        _, past = run_experts(experts, text_by_expert, [self.context_group(context)], VISIBILITY, keep=True)
         past = past.repeat(draws)
         context = context.repeat_interleave(draws, 0)
         text_by_expert = {VIDEO_EXPERT: projected.repeat_interleave(draws, 0)}

@@ -131,7 +131,13 @@ if __name__ == "__main__":
     out = Path(sys.argv[1])
     expected = {kind: reference(kind) for kind in ("video", "joint")}
     splits = [size for size in (1, 2, 4) if size <= int(sys.argv[2])]
+    # Recomputed activations need weights that were dropped after the forward pass, and the exchanges once more.
+    # Selective comes before ZeRO-3 replaces torch's linear layer for good.
     cases = {
+        "selective": ("video", {**ENGINES["fsdp2"], "sequence_parallel": 2, "activation_checkpointing": "selective"}),
+        "full": ("video", {**ENGINES["zero3"], "sequence_parallel": 2, "activation_checkpointing": "full"}),
+    }
+    cases |= {
         f"{name}/{size}": ("video", {**settings, "sequence_parallel": size})
         for (name, settings), size in product(ENGINES.items(), splits)
     }

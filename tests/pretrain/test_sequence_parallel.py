@@ -32,7 +32,12 @@ def test_every_engine_and_split_takes_the_step_of_one_process(world_size: int, t
     seen = json.loads(out.read_text())
     splits = [size for size in (1, 2, 4) if size <= world_size]
     engines = ("zero1", "zero2", "zero3", "ddp", "fsdp2")
-    assert seen.keys() == {f"{name}/{size}" for name in engines for size in splits} | {"joint", "bf16"}
+    assert seen.keys() == {f"{name}/{size}" for name in engines for size in splits} | {
+        "joint",
+        "full",
+        "selective",
+        "bf16",
+    }
     bf16 = seen.pop("bf16")
     assert 1e-4 < bf16["loss"] < 0.1 and bf16["weights"] < 0.01  # autocast was on, and changed little
     wrong = {name: worst for name, worst in seen.items() if max(worst.values()) > 1e-5}

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.models.token_groups import Rule, TokenGroup, Visible, attention_mask, visible
-from pretrain.models.transformer import ExpertBlock, KeyValueCache, attention, run_experts
+from pretrain.models.attention import attention
+from pretrain.models.token_groups import AttentionPlan, Rule, TokenGroup, Visible, attention_plan, visible
+from pretrain.models.transformer import ExpertBlock, KeyValueCache, run_experts
 from pretrain.models.video_dit import rotary_table, rotations
 
 CPU = torch.device("cpu")
@@ -30,20 +31,53 @@ def test_a_rule_means_what_its_name_says(queries, keys, rule, window):
             assert mask[i, j].item() == (ALLOWED[rule](query, key) and near)
 
 
+def seen_by(plan: AttentionPlan, num_queries: int, num_keys: int) -> list[list[bool]]:
+    """A plan as one mask."""
+    mask = torch.zeros(num_queries, num_keys, dtype=torch.bool)
+    for part in plan:
+        keys = torch.cat([torch.arange(num_keys)[columns] for columns in part.keys])
+        mask[part.queries.start : part.queries.stop, keys] = True if part.mask is None else part.mask
+    return mask.tolist()
+
+
 def test_a_pair_that_is_not_in_the_table_never_sees_each_other():
     table = {("a", "a"): Rule.ALWAYS, ("b", "b"): Rule.ALWAYS, ("b", "a"): Rule.EARLIER_BLOCKS}
     headers = [("a", (0, 1)), ("b", (1,))]
-    mask = attention_mask(headers, headers, table, CPU)
-    assert mask.tolist() == [[True, True, False], [True, True, False], [True, False, True]]
+    plan = attention_plan(headers, headers, table, CPU)
+    assert seen_by(plan, 3, 3) == [[True, True, False], [True, True, False], [True, False, True]]
 
 
-def test_a_mask_that_hides_nothing_is_none():
-    assert attention_mask([("a", (0, 1))], [("a", (0, 1))], {("a", "a"): Rule.ALWAYS}, CPU) is None
+@given(
+    chunks=st.lists(BLOCKS, min_size=1, max_size=3),
+    rules=st.lists(st.sampled_from(Rule), min_size=9, max_size=9),
+    window=st.none() | st.integers(0, 3),
+)
+def test_a_plan_shows_what_the_rules_say(chunks, rules, window):
+    headers = [(str(number), tuple(blocks)) for number, blocks in enumerate(chunks)]
+    pairs = [(query, key) for query, _ in headers for key, _ in headers]
+    table = {pair: Visible(rule, window) for pair, rule in zip(pairs, rules, strict=False)}
+    table |= {(name, name): Rule.ALWAYS for name, _ in headers}  # a token that sees nothing is an error
+    expected = [
+        torch.cat([visible(table[query, key], torch.tensor(a), torch.tensor(b)) for key, b in headers], 1)
+        for query, a in headers
+    ]
+    count = sum(map(len, chunks))
+    assert seen_by(attention_plan(headers, headers, table, CPU), count, count) == torch.cat(expected).tolist()
+
+
+def test_whole_groups_need_no_mask_and_what_is_hidden_is_not_computed():
+    """Context that looks at itself, and two kinds of tokens that look at everything."""
+    headers = [("context", (0, 0)), ("future", (1,)), ("actions", (0, 0, 0))]
+    table = {("context", "context"): Rule.ALWAYS}
+    table |= {(query, key): Rule.ALWAYS for query in ("future", "actions") for key, _ in headers}
+    context, rest = attention_plan(headers, headers, table, CPU)
+    assert (context.queries, context.keys, context.mask) == (slice(0, 2), (slice(0, 2),), None)
+    assert (rest.queries, rest.keys, rest.mask) == (slice(2, 6), (slice(0, 6),), None)
 
 
 def test_a_token_that_sees_nothing_is_an_error():
     with pytest.raises(ValueError, match="sees nothing"):
-        attention_mask([("a", (0,))], [("a", (0,))], {("a", "a"): Rule.EARLIER_BLOCKS}, CPU)
+        attention_plan([("a", (0,))], [("a", (0,))], {("a", "a"): Rule.EARLIER_BLOCKS}, CPU)
 
 
 def make_group(name: str, expert: str, width: int, count: int, block: int) -> TokenGroup:
@@ -83,7 +117,7 @@ def test_a_cached_group_gives_the_same_as_running_it_again(experts):
     past = make_group("past", "wide", widths["wide"], 4, 0)
     future = make_group("future", "narrow", widths["narrow"], 3, 1)
     (_, together), _ = run_experts(stacks, text, [past, future], TABLE)
-    _, cache = run_experts(stacks, text, [past], TABLE)
+    _, cache = run_experts(stacks, text, [past], TABLE, keep=True)
     (alone,), _ = run_experts(stacks, text, [future], TABLE, cache)
     torch.testing.assert_close(alone, together, atol=1e-5, rtol=1e-5)
 

@@ -108,7 +108,7 @@ def tiny_config(run_dir: Path, num_steps: int, **changes: Any) -> PretrainConfig
         "num_steps": num_steps,
         "model": {"video": {}},
         "loader": {"dataset": "none", "global_batch_size": BATCH},
-        "engine": {"kind": "accelerate", "device": "cpu", "precision": "fp32"},
+        "engine": {"kind": "accelerate", "device": "cpu", "precision": "fp32", "attention": "sdpa"},
         "optimizer": {"learning_rate": 1e-2, "warmup_steps": 3},
         "ema_decay": 0.9,
         "checkpoint_every": 5,
