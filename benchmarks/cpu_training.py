@@ -17,7 +17,8 @@ from torch import Tensor
 
 from configs.loader import load_config
 from pretrain.draws import SampleDraws
-from pretrain.models import transformer
+from pretrain.models.attention import AttentionBackend
+from pretrain.models.execution import Execution, set_execution
 from pretrain.train import PretrainConfig
 from pretrain.world_models.observation_space import ObservationSpaceConfig, ObservationSpaceWorldModel
 
@@ -43,17 +44,8 @@ def demo_batch(size: int) -> dict[str, Tensor]:
 def training_step(model: ObservationSpaceWorldModel, batch: dict[str, Tensor], dtype: torch.dtype | None) -> None:
     model.zero_grad()
     with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
-        loss = model.loss(batch, SampleDraws.seeded(0, 1, range(len(batch["latents"])))).total
+        loss = model.loss(batch, SampleDraws.seeded(0, 0, range(len(batch["latents"])))).total
     loss.backward()
-
-
-def plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """What scaled_dot_product_attention computes, as two products and a softmax."""
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    return (scores.softmax(-1).type_as(value) @ value).transpose(1, 2)
 
 
 def compare(name: str, first: Callable[[], None], second: Callable[[], None], repeats: int) -> None:
@@ -78,17 +70,18 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     model, batch = demo_model(), demo_batch(options.batch_size)
-    ours = transformer.attention
 
-    def step(attention: Callable[..., Tensor] = ours, dtype: torch.dtype | None = None) -> None:
-        transformer.attention = attention  # looked up at every call
-        try:
+    def step(attention: AttentionBackend = "sdpa", dtype: torch.dtype | None = None) -> Callable[[], None]:
+        def work() -> None:
+            set_execution(model, Execution(attention))
             training_step(model, batch, dtype)
-        finally:
-            transformer.attention = ours
 
-    compare("step, fp32: SDPA (ours) | plain attention", step, lambda: step(plain), options.repeats)
-    compare("step, SDPA: fp32 | bf16 autocast", step, lambda: step(dtype=torch.bfloat16), options.repeats)
+        return work
+
+    bf16 = torch.bfloat16
+    compare("step, fp32: torch's attention | plain attention", step(), step("math"), options.repeats)
+    compare("step, bf16: torch's attention | blockwise", step(dtype=bf16), step("blockwise", bf16), options.repeats)
+    compare("step: fp32 | bf16 blockwise", step(), step("blockwise", bf16), options.repeats)
 
 
 if __name__ == "__main__":
