@@ -130,6 +130,7 @@ _NEXT_MOVES = {
     errno.ENOTDIR: "a file stands where a folder should be, so choose another path",
     errno.EISDIR: "a folder stands where a file should be, so choose another path",
     **dict.fromkeys((errno.EEXIST, errno.ENOTEMPTY), "move away what is there or choose another path"),
+    errno.EFBIG: "raise the limit of the size of files (`ulimit -f`) and start the same command again",
     errno.ENAMETOOLONG: "choose a shorter path",
     errno.EMFILE: "raise the limit of open files (`ulimit -n`)",
 }

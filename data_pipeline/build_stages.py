@@ -61,7 +61,7 @@ from .progress import track
 from .repairs import group_repairs
 from .resolve import Listing
 from .sample import SCHEMA_VERSION
-from .shards import write_atomic
+from .shards import naming, write_atomic
 from .staging import BusyError, EpisodeRecord, PartitionRecord, Staging, digest, read_record
 
 logger = logging.getLogger(__name__)
@@ -298,10 +298,10 @@ class Build:
         """The dataset appears under its name complete or not at all; a dataset that it replaces stays until then."""
         staging, out = self.staging, self.config.out
         shutil.rmtree(staging.packed, ignore_errors=True)
-        with one_thread():
+        with naming(staging.packed), one_thread():
             folder = pack(staging, records, splits, info, self.config.max_shard_mb)
-            shutil.copytree(staging.codec, folder / CODEC)
-            shutil.copytree(staging.text_encoder, folder / TEXT_ENCODER)
+            _copy_folder(staging.codec, folder / CODEC)
+            _copy_folder(staging.text_encoder, folder / TEXT_ENCODER)
             preview.write_report(folder)
         replaced = staging.root / "replaced"
         if out.exists():
@@ -382,3 +382,11 @@ def _clips_by_key(records: Sequence[EpisodeRecord], splits: Mapping[str, Split],
         for position, clip in enumerate(record.clips)
     ]
     return [(source, episode, position) for _, source, episode, position in sorted(placed)]
+
+
+def _copy_folder(source: Path, target: Path) -> None:
+    """Not `shutil.copytree`, which says what the file system refuses in an error of its own."""
+    for path in sorted(path for path in source.rglob("*") if path.is_file()):
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)

@@ -1,6 +1,7 @@
 """A dataset opened for reading: what it holds, and any sample of it by its place in the manifest."""
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
@@ -11,8 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from configs.loader import UserError
+from configs.problems import show
 
-from .dataset import MANIFEST, MANIFEST_SCHEMA, OPENED, DatasetFolder, Split, read_table
+from .dataset import MANIFEST, MANIFEST_SCHEMA, OPENED, SHARDS, DatasetFolder, Split, read_table
 from .shards import ShardError, read_records
 from .storage import Address, StorageConfig, open_files
 
@@ -28,6 +30,8 @@ class BadSampleError(UserError):
         self.reason = error.reason
 
 
+SHARD_NAME = re.compile(rf"{SHARDS}/[^\0\\]+")
+
 _COLUMNS = ("key", "shard", "offset", "bytes", "split", "bucket", "source", "embodiment", "has_actions")
 """Of the manifest, what finding and reading samples takes; the rest is read when it is asked for."""
 
@@ -39,12 +43,31 @@ class DatasetIndex(DatasetFolder):
         self.files = open_files(address, storage or StorageConfig())
         super().__init__(self.files.fetch(OPENED), address)
         self._table = self._read_manifest(_COLUMNS)
+        self._check_places()
         # Plain arrays: a million Python rows would take a gigabyte, and a lookup in Arrow a microsecond too many.
         shards = self._table["shard"].combine_chunks()
         self._shard_of = shards.indices.to_numpy()
         self._shards: list[str] = shards.dictionary.to_pylist()
         self._offsets = self._table["offset"].to_numpy()
         self._num_bytes = self._table["bytes"].to_numpy()
+
+    def _check_places(self) -> None:
+        """Before a file is opened by a name, or read at a place, that somebody else has written."""
+        table = self._table
+        for name in _COLUMNS:
+            if name != "embodiment" and table[name].null_count:
+                raise self._not_as_written(f"{table[name].null_count} of its rows have no {name}")
+        for shard in pc.unique(table["shard"].combine_chunks()).to_pylist():
+            if not SHARD_NAME.fullmatch(shard or "") or ".." in shard.split("/"):
+                raise self._not_as_written(f"the shard {show(shard)} is not below {SHARDS}/")
+        offsets, sizes = table["offset"].to_numpy(), table["bytes"].to_numpy()
+        impossible = np.flatnonzero((offsets < 0) | (sizes <= 0) | (offsets > np.iinfo(np.int64).max - sizes))
+        if len(impossible):
+            i = int(impossible[0])
+            raise self._not_as_written(f"sample {self.key(i)} cannot be {sizes[i]} bytes at {offsets[i]}")
+
+    def _not_as_written(self, problem: str) -> UserError:
+        return UserError(f"{self.address}/{MANIFEST}: {problem}; restore the file or build the dataset again.")
 
     @cached_property
     def manifest(self) -> pa.Table:

@@ -33,7 +33,7 @@ from .encoders import (
 )
 from .one_thread import one_thread
 from .sample import SampleMeta, tensor_bytes
-from .shards import TarWriter, tar_records, write_atomic
+from .shards import TarWriter, naming, tar_records, write_atomic
 from .staging import (
     EncodedRecord,
     EpisodeRecord,
@@ -146,7 +146,8 @@ def stage_encoder(staging: Staging, encoder: VideoCodec | TextEncoder, folder: P
     """Saves an encoder for the workers to load. Tasks of a job array may come at once: equal files stay as they are."""
     with staging.locked("encoders", wait=True), tempfile.TemporaryDirectory(dir=staging.root) as partial:
         fresh = Path(partial) / folder.name
-        encoder.save(fresh)
+        with naming(folder):
+            encoder.save(fresh)
         if _contents(fresh) != _contents(folder):
             shutil.rmtree(folder, ignore_errors=True)
             fresh.rename(folder)

@@ -92,14 +92,13 @@ def pack(
     manifest: list[dict[str, Any]] = []
     for split in SPLITS:
         bucket = bucket_name(next(iter(info.views.values())), info.num_frames)
-        writer = ShardWriter(folder, f"{SHARDS}/{split}/{bucket}", max_shard_mb * 2**20)
-        for placed in _sorted_clips(staging, records, splits, split):
-            members = placed.read(staging)
-            location = writer.add(_checked_records(members))
-            manifest.append(placed.manifest_row(split, bucket) | location.manifest_columns())
-            if split == "train":
-                statistics.add(Sample.from_members(members))
-        writer.close()
+        with ShardWriter(folder, f"{SHARDS}/{split}/{bucket}", max_shard_mb * 2**20) as writer:
+            for placed in _sorted_clips(staging, records, splits, split):
+                members = placed.read(staging)
+                location = writer.add(_checked_records(members))
+                manifest.append(placed.manifest_row(split, bucket) | location.manifest_columns())
+                if split == "train":
+                    statistics.add(Sample.from_members(members))
     if len({row["key"] for row in manifest}) < len(manifest):
         raise RuntimeError("two samples have the same key")
     _write_table(folder / MANIFEST, manifest, MANIFEST_SCHEMA)

@@ -11,6 +11,7 @@ import os
 import tarfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -107,6 +108,16 @@ class Location:
         return {"shard": self.shard, "offset": self.offset, "bytes": self.num_bytes, "sha256": self.sha256}
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Names the file in an error of writing it: that a disk is full, the system says without saying where."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 class TarWriter:
     """One tar, written beside its final name and renamed when closed without an error."""
 
@@ -123,16 +134,27 @@ class TarWriter:
 
     def add(self, records: bytes) -> int:
         """Appends the records of one sample; gives their offset."""
-        self._file.write(records)
+        with naming(self.path):
+            self._file.write(records)
         self.offsets.append(self.size + len(records))
         return self.offsets[-2]
 
     def close(self) -> None:
-        self._file.write(END_OF_TAR)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self._partial, self.path)
+        try:
+            with naming(self.path):
+                self._file.write(END_OF_TAR)
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._file.close()
+                os.replace(self._partial, self.path)
+        except BaseException:
+            self.discard()
+            raise
+
+    def discard(self) -> None:
+        with suppress(OSError):  # a full disk does not take what is still to be written either
+            self._file.close()
+        self._partial.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         return self
@@ -141,8 +163,7 @@ class TarWriter:
         if error_type is None:
             self.close()
         else:
-            self._file.close()
-            self._partial.unlink(missing_ok=True)
+            self.discard()
 
 
 class ShardWriter:
@@ -169,6 +190,15 @@ class ShardWriter:
             write_atomic(index_path(self._tar.path), np.array(self._tar.offsets, dtype="<u8").tobytes())
             self._tar = None
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        if error_type is None:
+            self.close()
+        elif self._tar is not None:
+            self._tar.discard()
+
 
 def index_path(tar: Path) -> Path:
     return tar.with_name(tar.name + ".idx")
@@ -178,11 +208,15 @@ def write_atomic(path: Path, data: bytes) -> None:
     """The file appears whole or not at all, also after a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with naming(path), partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 # --- reading ------------------------------------------------------------------------------------------------------

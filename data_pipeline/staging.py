@@ -29,7 +29,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from configs.loader import StrictConfig, UserError
 
 from .dataset import CodecInfo
-from .shards import ShardReader, read_records, write_atomic
+from .shards import END_OF_TAR, ShardError, ShardReader, read_records, write_atomic
 from .sources.base import printable
 
 PrintableText = Annotated[str, BeforeValidator(printable)]
@@ -142,14 +142,23 @@ class Staging:
     def partition(self, index: int, count: int) -> Path:
         return self.root / "partitions" / f"{index}-of-{count}.json"
 
+    # A record without its file is none: a staging folder may have been copied, and not all of it.
+
     def find_curated(self, source: str, episode: str) -> EpisodeRecord | None:
-        return read_record(self.curated_tar(source, episode).with_suffix(".json"), EpisodeRecord)
+        tar = self.curated_tar(source, episode)
+        record = read_record(tar.with_suffix(".json"), EpisodeRecord)
+        ends = [clip.offset + clip.num_bytes for clip in record.clips] if record else []
+        return record if _holds(tar, max(ends, default=0) + len(END_OF_TAR)) else None
 
     def find_encoded(self, source: str, episode: str) -> EncodedRecord | None:
-        return read_record(self.encoded_tar(source, episode).with_suffix(".json"), EncodedRecord)
+        tar = self.encoded_tar(source, episode)
+        record = read_record(tar.with_suffix(".json"), EncodedRecord)
+        ends = [offset + num_bytes for _, offset, num_bytes in record.clips] if record else []
+        return record if _holds(tar, max(ends, default=0) + len(END_OF_TAR)) else None
 
     def find_embedded(self, source: str, episode: str) -> EmbeddedRecord | None:
-        return read_record(self.embedded_file(source, episode).with_suffix(".json"), EmbeddedRecord)
+        path = self.embedded_file(source, episode)
+        return read_record(path.with_suffix(".json"), EmbeddedRecord) if path.is_file() else None
 
     def begin_attempt(self, run: str, source: str, episode: str) -> int:
         """The number of this attempt at an episode. It stays on disk when the process that makes it does not."""
@@ -166,7 +175,10 @@ class Staging:
         return EncodedRecord.model_validate_json(self.encoded_tar(source, episode).with_suffix(".json").read_bytes())
 
     def read_members(self, tar: Path, offset: int, num_bytes: int) -> dict[str, Any]:
-        return read_records(self._reader.read(str(tar.relative_to(self.root)), offset, num_bytes))
+        try:
+            return read_records(self._reader.read(str(tar.relative_to(self.root)), offset, num_bytes))
+        except ShardError as error:
+            raise UserError(f"{tar}: {error}; delete the file and start the same command again.") from error
 
     def curated_members(self, record: EpisodeRecord) -> Iterator[dict[str, Any]]:
         tar = self.curated_tar(record.source, record.episode)
@@ -195,6 +207,10 @@ class Staging:
                     path.unlink()
         for folder in (self.packed, self.root / "attempts"):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _holds(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
 
 
 def write_record(beside: Path, record: EpisodeRecord | EmbeddedRecord | EncodedRecord) -> None:

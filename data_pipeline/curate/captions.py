@@ -28,7 +28,7 @@ from configs.loader import StrictConfig
 
 from ..dataset import CaptionInfo
 from ..sample import SampleMeta
-from ..shards import write_atomic
+from ..shards import naming, write_atomic
 from ..staging import EpisodeRecord, Staging, digest, read_record
 from ..video_io import ViewConfig, decode_clip
 from .captioners import Answer, CaptionConfig, Captioner, CaptionError, read_caption
@@ -192,7 +192,8 @@ class AnswerCache:
         # Two threads, or processes of the same number on two machines, may have asked about equal clips.
         partial = path.with_name(f".partial-{uuid.uuid4().hex}")
         try:
-            partial.write_bytes(answer.model_dump_json().encode())
+            with naming(path):
+                partial.write_bytes(answer.model_dump_json().encode())
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, UInt8
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from configs.loader import UserError
@@ -109,7 +109,8 @@ class EmbeddedCodec:
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({"mean": self.mean.cpu(), "basis": self.basis.cpu()}, folder / WEIGHTS)
+        # Not `save_file`: of a full disk it raises an error of its own.
+        (folder / WEIGHTS).write_bytes(save({"mean": self.mean.cpu(), "basis": self.basis.cpu()}))
         config = {"kind": self.name, "patch": self.spatial_stride, "scale": self.scale, "weight_hash": self.weight_hash}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -17,14 +18,17 @@ import webdataset
 
 from configs.fields import summarise_fields
 from configs.loader import UserError, dump_config, load_config
+from configs.problems import explain_refusal
 from data_pipeline import build, build_stages
 from data_pipeline.build import BuildConfig
 from data_pipeline.dataset_index import DatasetIndex
 from data_pipeline.datasets import Datasets
 from data_pipeline.encoder_config import VideoCodecConfig
 from data_pipeline.loader import Loader, LoaderConfig
+from data_pipeline.resolve import staging_folder
 from data_pipeline.sample import Sample
 from data_pipeline.sources import FORMATS
+from data_pipeline.staging import Staging
 from data_pipeline.verify import verify
 from data_pipeline.video_io import decode_clip
 from tests.data_pipeline.recordings import numbered_frames, read_numbers, write_lerobot_v21, write_video
@@ -291,6 +295,49 @@ def test_a_killed_build_continues_to_the_same_bytes(recordings, dataset, tmp_pat
     assert not out.exists()
     done = {path: path.stat().st_mtime_ns for path in staging.glob("curated/*/*.json")}
     assert done
+    assert build.main(config_of(recordings, out)) == 0
+    assert digests(out) == digests(dataset)
+
+
+def test_two_builds_of_one_dataset_do_not_meet(recordings, tmp_path):
+    config = config_of(recordings, tmp_path / "dataset")
+    with Staging(staging_folder(config.out)).locked("build"):  # as the other one holds it
+        bad(recordings, tmp_path, "another build is at work there; wait for it", out=config.out)
+        bad(recordings, tmp_path, "another build is at work there", out=config.out, partition="0/2")
+    assert not config.out.exists()
+
+
+def test_a_copied_staging_folder_is_worth_what_arrived(recordings, dataset, tmp_path):
+    """Half a copy: one file is missing, one is cut, and the rest is not made again."""
+    out = tmp_path / "dataset"
+    staging = shutil.copytree(staging_folder(dataset), staging_folder(out))
+    first, second, *others = sorted(path for path in staging.glob("curated/*/*.tar") if path.stat().st_size > 2048)
+    first.unlink()
+    os.truncate(second, 2048)
+    cut = next(iter(sorted(staging.glob("encoded/*/*.tar"))))
+    os.truncate(cut, 512)
+    before = {path: path.stat().st_mtime_ns for path in others}
+    assert build.main(config_of(recordings, out)) == 0
+    assert digests(out) == digests(dataset)
+    assert {path: path.stat().st_mtime_ns for path in others} == before
+
+
+def test_a_full_disk_stops_the_build_with_its_path_and_keeps_what_is_done(recordings, dataset, tmp_path):
+    """As `ulimit -f` does it for one file; there is room for the episodes, but not for a shard."""
+    out = tmp_path / "dataset"
+    staging = shutil.copytree(staging_folder(dataset), staging_folder(out))
+    before = {path: written for path, written in staged_at(out).items() if path.stat().st_size > 2048}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            build.main(config_of(recordings, out))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    sentence = explain_refusal(caught.value)
+    assert f"{staging}/packed/shards/" in sentence and "start the same command again" in sentence
+    assert not out.exists() and not list(staging.glob("packed/shards/*/*/.partial*"))
+    assert staged_at(out).items() >= before.items()
     assert build.main(config_of(recordings, out)) == 0
     assert digests(out) == digests(dataset)
 

@@ -1,7 +1,10 @@
 """Shards are plain tars whose bytes follow from their samples, and any sample is one ranged read."""
 
+import errno
 import io
+import re
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
 
+from configs.problems import explain_refusal
 from data_pipeline.shards import (
     ShardError,
     ShardReader,
@@ -108,6 +112,52 @@ def test_an_interrupted_shard_leaves_nothing(tmp_path):
         writer.add(tar_records(some_samples(2)[1]))
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
+
+
+class FullDisk(io.FileIO):
+    """Takes so many bytes, and then none."""
+
+    room = 1500
+
+    def write(self, data):
+        if self.tell() + len(data) > self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(data)
+
+
+def test_a_full_disk_is_named_and_nothing_half_is_left(tmp_path, monkeypatch):
+    records = tar_records(some_samples(2)[1])  # more than fit
+    write_atomic(tmp_path / "a.json", b"old")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for buffering in (0, 2**20):  # the disk is found to be full by writing, or only when the file is closed
+
+        def open_on_it(path, mode, buffering=buffering):
+            file = FullDisk(path, mode)
+            return io.BufferedWriter(file, buffering) if buffering else file
+
+        monkeypatch.setattr(Path, "open", open_on_it)
+        for write_it in (
+            lambda: write_atomic(tmp_path / "a.json", bytes(2000)),
+            lambda: one_shard(TarWriter(tmp_path / "b.tar"), records),
+            lambda: one_shard(ShardWriter(tmp_path, "shards", 10**6), records),
+        ):
+            with pytest.raises(OSError) as caught:
+                write_it()
+            sentence = explain_refusal(caught.value)
+            assert re.fullmatch(
+                rf"{tmp_path}/\S+: No space left on device; free some space there and start the same command again\.",
+                sentence,
+            )
+        monkeypatch.undo()
+        assert sorted(path.name for path in tmp_path.iterdir() if path.name != "shards") == before
+        assert list((tmp_path / "shards").iterdir()) == []
+    assert (tmp_path / "a.json").read_bytes() == b"old"
+
+
+def one_shard(writer, records):
+    with writer:
+        writer.add(records)
+        writer.add(records)
 
 
 def test_a_half_shard_and_a_missing_one_say_so(tmp_path):

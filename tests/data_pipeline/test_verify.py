@@ -63,6 +63,39 @@ def change_manifest(dataset, **columns):
     pq.write_table(type(table).from_pylist(rows, schema=table.schema), path)
 
 
+SHARD_NAMES = [
+    "../../secret.tar",
+    "/etc/passwd",
+    "shards/../../secret.tar",
+    "shards/train/../../../x",
+    "",
+    "secret.tar",
+]
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "words"),
+    [
+        *(("shard", name, "is not below shards/; restore the file") for name in SHARD_NAMES),
+        ("shard", "shards/a\0b", "is not below shards/"),
+        ("shard", None, "1 of its rows have no shard"),
+        ("offset", None, "1 of its rows have no offset"),
+        ("offset", -512, "bytes at -512; restore the file or build the dataset again"),
+        ("offset", 2**63 - 1, "bytes at 9223372036854775807"),
+        ("bytes", 0, "cannot be 0 bytes at 0"),
+        ("bytes", -1, "cannot be -1 bytes at 0"),
+        ("key", None, "1 of its rows have no key"),
+    ],
+)
+def test_a_manifest_that_leads_elsewhere_is_neither_verified_nor_read(dataset, column, value, words):
+    (dataset.parent / "secret.tar").write_bytes(shard_of(dataset).read_bytes())
+    change_manifest(dataset, **{column: value})
+    (problem,) = verify(dataset)
+    assert problem.startswith(f"{dataset}/manifest.parquet: ") and words in problem and "\n" not in problem
+    with pytest.raises(UserError, match=re.escape(problem)):
+        DatasetIndex(dataset)
+
+
 def change_json(path, *keys, value):
     record = json.loads(path.read_text())
     inner = record
