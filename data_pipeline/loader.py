@@ -189,6 +189,17 @@ def check_same_order(plan: SamplePlan, datasets: Datasets, cursor: Cursor) -> No
         )
 
 
+def check_ranks(config: LoaderConfig, batch_sizes: Mapping[str, int], num_ranks: int) -> None:
+    for bucket, size in batch_sizes.items():
+        if size % num_ranks == 0:
+            continue
+        what, next_move = f"global_batch_size={size}", f"choose a multiple of {num_ranks}"
+        if config.latent_cells_per_batch is not None:
+            what = f"{size} clips of {bucket}, which fit into latent_cells_per_batch={config.latent_cells_per_batch},"
+            next_move = f"set loader.batch_multiple to a multiple of {num_ranks}"
+        raise UserError(f"{what} cannot be shared equally by {num_ranks} ranks; {next_move}.")
+
+
 # --- batches ------------------------------------------------------------------------------------------------------
 
 
@@ -207,8 +218,7 @@ class Loader:
         """`plan` is that of the datasets and the config, where it has been made already."""
         plan = plan or plan_samples(datasets, config)
         assert plan is not None  # it would have been refused
-        for bucket, size in plan.order.batch_sizes.items():
-            _check_ranks(config, bucket, size, world_size)
+        check_ranks(config, plan.order.batch_sizes, world_size)
         self.config, self.rank, self.world_size = config, rank, world_size
         self.order, self._positions = plan.order, plan.positions
         check_same_order(plan, datasets, cursor or Cursor())
@@ -287,15 +297,3 @@ class _Parts:
                 )
                 for row, (stream, sample) in enumerate(zip(part.stream, part.sample, strict=True))
             ]
-
-
-def _check_ranks(config: LoaderConfig, bucket: str, size: int, world_size: int) -> None:
-    if size % world_size == 0:
-        return
-    what, next_move = f"global_batch_size={size}", f"choose a multiple of {world_size}"
-    if config.latent_cells_per_batch is not None:
-        what = (
-            f"latent_cells_per_batch={config.latent_cells_per_batch}, which makes batches of {size} clips of {bucket},"
-        )
-        next_move = f"set loader.batch_multiple to a multiple of {world_size}"
-    raise UserError(f"{what} cannot be shared equally by {world_size} ranks; {next_move}.")
