@@ -43,7 +43,7 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
     batch=st.integers(1, 2), queries=st.integers(1, 70), keys=st.integers(1, 40), heads=st.integers(1, 3),
     has_mask=st.booleans(), block_bytes=st.sampled_from([256, 4096, 8 << 20]), keeps=st.booleans(),
 )  # fmt: skip
-def test_blockwise_attention_is_as_exact_as_torchs(batch, queries, keys, heads, has_mask, block_bytes, keeps):
+def test_blockwise_attention_is_exact_to_what_bf16_holds(batch, queries, keys, heads, has_mask, block_bytes, keeps):
     """Against float32, whatever the blocks and whether probabilities are kept or computed again."""
     inputs = qkv(batch, queries, keys, heads, 16, torch.bfloat16)
     mask = (torch.rand(queries, keys) < 0.5) | (torch.arange(keys) == 0) if has_mask else None
