@@ -67,6 +67,7 @@ class CheckedDecoder:
             self._context = _vp9_decoder()
             # a packet of several pictures is checked only at its end: each one becomes a packet
             self._splitter = BitStreamFilterContext("vp9_superframe_split", stream)
+        self.has_found_damage = False
         self._last = _Sent(0, 0, False, False)
         self._key_pts: int | None = None
         self._is_damaged = False  # whether frames of this group of pictures are, from now on
@@ -137,6 +138,7 @@ class CheckedDecoder:
 
     def _spread_damage(self, source: _Sent) -> None:
         """What is stored after it may be built on it: frames on the way, and those to come until the next keyframe."""
+        self.has_found_damage = True
         is_current = source.group == self._last.group
         self._is_damaged |= is_current and not source.is_leading
         self._are_leading_damaged |= is_current or not source.is_leading

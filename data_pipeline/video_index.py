@@ -157,12 +157,17 @@ def _index_by_decoding(path: str, picture: Picture) -> VideoIndex:
     """For files whose packets have no usable timestamps: count what comes out of the decoder."""
     with open_video(path) as container:
         stream = video_stream(container, path)
-        pts = [frame.pts for frame in decode_from_start(container, stream)]
+        decoder = CheckedDecoder(stream)
+        pts = [frame.pts for packet in container.demux(stream) for frame in decoder.decode(packet)]
         if not pts:
             raise VideoError("undecodable_video", path, "none of its frames decodes without damage")
         time_base = _time_base(stream)
         times = np.asarray([-1 if value is None else value for value in pts], dtype=np.int64)
         if np.any(times < 0) or np.any(np.diff(times) <= 0):  # no clock at all: the nominal rate is all there is
+            if decoder.has_found_damage:
+                raise VideoError(
+                    "undecodable_video", path, "frames are damaged, and no timestamps place those after them"
+                )
             rate = stream.average_rate or Fraction(25)
             times = np.asarray([round(i / rate / time_base) for i in range(len(pts))], dtype=np.int64)
         return VideoIndex(

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.video_index import index_video
-from data_pipeline.video_io import VIDEO_SUFFIXES, ViewConfig, decode_view
+from data_pipeline.video_index import VideoError, index_video
+from data_pipeline.video_io import VIDEO_SUFFIXES, ViewConfig, decode_frames, decode_view, frame_times, probe_video
 from tests.data_pipeline.damaged_videos import (
     ENCODINGS,
     GOP,
@@ -16,7 +16,7 @@ from tests.data_pipeline.damaged_videos import (
     moving_frames,
     stored_packets,
 )
-from tests.data_pipeline.recordings import write_video
+from tests.data_pipeline.recordings import FPS, numbered_frames, read_numbers, write_video
 
 NUM_FRAMES, NUM_COPIES = 2 * GOP, 10
 
@@ -76,6 +76,26 @@ def test_frames_shown_before_a_keyframe_suffer_from_damage_before_it(tmp_path: P
     assert sorted(whole.keys() - given.keys()) == [4, 5, 6, 7, 8]
     for i, frame in given.items():
         np.testing.assert_array_equal(frame, whole[i])
+
+
+@pytest.mark.parametrize(
+    ("codec", "b_frames", "has_times"),
+    [("mpeg4", 0, True), ("mjpeg", 0, True), ("mpeg4", 2, False), ("libx264", 2, False)],
+)
+def test_damage_moves_no_later_frame(tmp_path: Path, codec: str, b_frames: int, has_times: bool) -> None:
+    """AVI has no timestamps: frames are counted where the order of packets does not tell their times either."""
+    pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+    frames = numbered_frames(range(24))
+    path = write_video(tmp_path / "counted.avi", frames, codec=codec, gop=6, b_frames=b_frames, pix_fmt=pix_fmt)
+    packet = stored_packets(path)[8]
+    path.write_bytes(path.read_bytes().replace(packet, packet[:12] + bytes(len(packet) - 12)))
+    if has_times:
+        times = frame_times(path)
+        assert len(times) < 24
+        assert read_numbers(decode_frames(path, range(len(times)))) == (times * FPS).round().tolist()
+    else:
+        with pytest.raises(VideoError, match="no timestamps place those after them"):
+            probe_video(path)
 
 
 @pytest.mark.slow
