@@ -99,6 +99,7 @@ MAY_CHANGE = frozenset(
     | {f"loader.storage.{name}" for name in StorageConfig.model_fields}
     | {"engine.kind", "engine.zero_stage", "engine.sharding", "engine.sequence_parallel", "engine.grad_accum_steps"}
     | {"engine.timeout_s", "engine.attention", "engine.compile", "engine.activation_checkpointing"}
+    | {"engine.offload_optimizer", "engine.offload_weights"}
 )
 
 
@@ -199,8 +200,7 @@ def train(
         raise UserError(f"{config.loader.dataset}: its train split holds nothing to train on.")
     check_micro_batches(batches.batch_sizes, engine)
     if engine.is_main:
-        settled = config.engine.model_copy(update={"precision": engine.precision, "attention": engine.attention})
-        write_config(config.run_dir, config.model_copy(update={"engine": settled}))
+        write_settings(config, engine)
     engine.barrier()
     log_start(engine, state, config)
     metrics = MetricsLog(config.run_dir / "metrics.jsonl", state.step, engine.is_main)
@@ -265,6 +265,14 @@ def resume(checkpoints: Checkpoints, ema: ExponentialMovingAverage, num_steps: i
             "least that, or choose another run_dir."
         )
     return state
+
+
+def write_settings(config: TrainConfig, engine: Engine) -> None:
+    """The config with what the engine settled on, and what it told its library."""
+    settled = config.engine.model_copy(update={"precision": engine.precision, "attention": engine.attention})
+    write_config(config.run_dir, config.model_copy(update={"engine": settled}))
+    for name, text in engine.settings_files.items():
+        (config.run_dir / name).write_text(text)
 
 
 def log_start(engine: Engine, state: TrainState, config: TrainConfig) -> None:

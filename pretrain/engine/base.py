@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -40,6 +40,12 @@ class EngineConfig(StrictConfig):
     zero_stage: Literal[1, 2, 3] = Field(
         1, description="deepspeed: shard optimizer states (1), gradients too (2), weights too (3)"
     )
+    offload_optimizer: Literal["none", "cpu"] = Field(
+        "none", description="deepspeed: keep optimizer states in the CPU's memory, and update weights there"
+    )
+    offload_weights: Literal["none", "cpu"] = Field(
+        "none", description="deepspeed, zero_stage 3: keep weights that are not in use in the CPU's memory"
+    )
     sequence_parallel: int = Field(
         1, ge=1, description="consecutive ranks that share each sequence (Ulysses); divides the attention heads"
     )
@@ -67,6 +73,15 @@ class EngineConfig(StrictConfig):
         if self.activation_checkpointing == "selective":
             # Its linear layer adds the bias in place, into the very product that is kept: gradients would be wrong.
             raise ValueError("activation_checkpointing selective does not go with zero_stage 3; choose full or none")
+        return self
+
+    @model_validator(mode="after")
+    def _offload_is_possible(self) -> Self:
+        offloads = "cpu" in (self.offload_optimizer, self.offload_weights)
+        if offloads and self.kind != "deepspeed":
+            raise ValueError(f"kind={self.kind} offloads nothing: set kind to deepspeed, or both offloads to none")
+        if self.offload_weights == "cpu" and self.zero_stage < 3:
+            raise ValueError(f"zero_stage={self.zero_stage} keeps weights on every rank: offload_weights needs stage 3")
         return self
 
 
@@ -134,6 +149,11 @@ class Engine(ABC):
     @abstractmethod
     def layout(self) -> str:
         """How weights and states lie on the ranks, in words: runs with the same layout continue to the last digit."""
+
+    @property
+    def settings_files(self) -> dict[str, str]:
+        """What the library was told, as texts by name, to keep with the run."""
+        return {}
 
     @property
     def is_main(self) -> bool:

@@ -7,6 +7,7 @@ DeepSpeed's own checkpoints are pickles, tied to a stage and a number of ranks. 
 weights and states in the optimizer's partitions, and `pretrain.checkpoint` writes those.
 """
 
+import json
 import logging
 import os
 import warnings
@@ -60,6 +61,10 @@ class DeepSpeedEngine(Engine):
             was_applied=self._deepspeed.was_step_applied(),
             lr=learning_rate,
         )
+
+    @property
+    def settings_files(self) -> dict[str, str]:
+        return {"ds_config.json": json.dumps(self.deepspeed_config, indent=1) + "\n"}
 
     # Weights and optimizer states ---------------------------------------------------------------------------------
 
@@ -130,8 +135,15 @@ def deepspeed_config(config: EngineConfig, optimizer: OptimizerConfig, precision
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": config.grad_accum_steps,
         "gradient_clipping": optimizer.max_grad_norm,
-        "zero_optimization": {"stage": config.zero_stage, "reduce_bucket_size": 50_000_000},
-        "zero_allow_untested_optimizer": True,  # torch's fused AdamW is an optimizer like any other
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "reduce_bucket_size": 50_000_000,
+            "offload_optimizer": {"device": config.offload_optimizer},
+            "offload_param": {"device": config.offload_weights},
+        },
+        # torch's fused AdamW is an optimizer like any other, on a CPU too.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         # With an empty list gradients are reduced in float32: by default those of linear layers would be in bf16.
         "torch_autocast": {
             "enabled": precision == "bf16",

@@ -22,6 +22,7 @@ from pretrain.engine.base import Engine
 from pretrain.steps import forward_backward, sample_draws
 
 sys.path.insert(0, str(Path(__file__).parent))
+import sequence_ranks
 from tiny_training import BATCH, build_tiny_model, global_batch, whole_weights
 
 NUM_STEPS, SAVED_STEP, NAN_STEP = 5, 3, 4
@@ -31,6 +32,13 @@ ENGINES: dict[str, dict[str, Any]] = {
     "zero1": {"kind": "deepspeed", "zero_stage": 1},
     "zero2": {"kind": "deepspeed", "zero_stage": 2},
     "zero3": {"kind": "deepspeed", "zero_stage": 3},
+    "zero2_offload": {"kind": "deepspeed", "zero_stage": 2, "offload_optimizer": "cpu"},
+    "zero3_offload": {
+        "kind": "deepspeed",
+        "zero_stage": 3,
+        "offload_optimizer": "cpu",
+        "offload_weights": "cpu",
+    },
     "ddp": {"kind": "accelerate", "sharding": "ddp"},
     "fsdp2": {"kind": "accelerate", "sharding": "fsdp2"},
     "zero1_bf16": {"kind": "deepspeed", "zero_stage": 1, "precision": "bf16"},
@@ -102,8 +110,11 @@ if __name__ == "__main__":
     parser.add_argument("--train", nargs="*", default=[], help="engines that train and save")
     parser.add_argument("--resume", nargs="*", default=[], help="engines that resume")
     parser.add_argument("--saved-on", nargs="*", default=[], help="by how many ranks the checkpoints were written")
+    parser.add_argument("--sequence", action="store_true", help="also train with sequences split")
     options = parser.parse_args()
     world_size = int(os.environ["WORLD_SIZE"])
+    # First, because ZeRO-3 replaces torch's linear layer for good, and selective checkpointing needs torch's own.
+    sequence = sequence_ranks.distances(world_size) if options.sequence else {}
     seen = {name: train(name, options.folder / f"{name}_on_{world_size}") for name in options.train}
     saved = sorted(path.name for ranks in options.saved_on for path in options.folder.glob(f"*_on_{ranks}"))
     resumed = {
@@ -113,4 +124,4 @@ if __name__ == "__main__":
         if same_precision(name, source)
     }
     if torch.distributed.get_rank() == 0:
-        print(json.dumps({"trained": seen, "resumed": resumed}))  # noqa: T201
+        print(json.dumps({"trained": seen, "resumed": resumed, "sequence": sequence}))  # noqa: T201

@@ -1,11 +1,10 @@
-"""Trains tiny transformers under every engine and sequence split in one set of ranks: `sequence_ranks.py OUT.json`.
+"""Trains tiny transformers under every engine and sequence split, for `engine_ranks.py`.
 
-Under torchrun, on two or four CPU ranks. Each entry says how far two steps are from those of a plain torch loop on
-whole sequences and whole global batches. AdamW with an epsilon of 1 makes the updates nearly proportional to the
-gradients, so that weights show a wrong scale, and nothing is clipped.
+Each entry says how far two steps are from those of a plain torch loop on whole sequences and whole global batches.
+AdamW with an epsilon of 1 makes the updates nearly proportional to the gradients, so that weights show a wrong scale,
+and nothing is clipped.
 """
 
-import json
 import sys
 from itertools import product
 from pathlib import Path
@@ -127,10 +126,10 @@ def distance(seen: Seen, expected: Seen) -> dict[str, float]:
     return {"loss": rows[:, 0].max().item(), "grad_norm": rows[:, 1].max().item(), "weights": worst}
 
 
-if __name__ == "__main__":
-    out = Path(sys.argv[1])
+def distances(world_size: int) -> dict[str, dict[str, float]]:
+    """Of every engine and split that so many ranks can have."""
     expected = {kind: reference(kind) for kind in ("video", "joint")}
-    splits = [size for size in (1, 2, 4) if size <= int(sys.argv[2])]
+    splits = [size for size in (1, 2, 4) if size <= world_size]
     # Recomputed activations need weights that were dropped after the forward pass, and the exchanges once more.
     # Selective comes before ZeRO-3 replaces torch's linear layer for good.
     cases = {
@@ -143,6 +142,4 @@ if __name__ == "__main__":
     }
     cases["joint"] = ("joint", {**ENGINES["ddp"], "sequence_parallel": splits[-1]})
     cases["bf16"] = ("video", {**ENGINES["zero1"], "sequence_parallel": splits[-1], "precision": "bf16"})
-    seen = {name: distance(train(kind, settings), expected[kind]) for name, (kind, settings) in cases.items()}
-    if torch.distributed.get_rank() == 0:
-        out.write_text(json.dumps(seen, indent=1))
+    return {name: distance(train(kind, settings), expected[kind]) for name, (kind, settings) in cases.items()}

@@ -23,17 +23,17 @@ from pretrain.engine.optimizer import build_optimizer
 from pretrain.engine.ranks import join_ranks, resolve_precision
 
 SCRIPT = Path(__file__).with_name("engine_ranks.py")
-ENGINES = ["zero1", "zero2", "zero3", "ddp", "fsdp2"]
+ENGINES = ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "ddp", "fsdp2"]
+SOME = ["zero1", "zero3", "fsdp2"]
 NUM_STEPS, SAVED_STEP, NAN_STEP, SCHEDULE_STEPS = 5, 3, 4, 10
 
 
 def on_ranks(num_ranks: int, *arguments: Any) -> dict[str, Any]:
     """What the script saw on so many ranks."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", num_ranks]
-    done = subprocess.run(
-        [str(part) for part in (*command, SCRIPT, *arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[2])}
+    words = [str(part) for part in (*command, SCRIPT, *arguments)]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -47,7 +47,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def on_two(folder: Path) -> dict[str, Any]:
     """Every engine, on two ranks, resumed from the checkpoints of every other one."""
     names = [*ENGINES, "zero1_bf16"]
-    return on_ranks(2, folder, "--train", *names, "--resume", *names, "--saved-on", 2)
+    return on_ranks(2, folder, "--train", *names, "--resume", *names, "--saved-on", 2, "--sequence")
+
+
+@pytest.fixture(scope="module")
+def on_four(folder: Path, on_two: dict[str, Any]) -> dict[str, Any]:
+    """Some engines, on four ranks, resumed from the checkpoints that two ranks wrote."""
+    return on_ranks(4, folder, "--train", *SOME, "--resume", *SOME, "--saved-on", 2, "--sequence")
 
 
 @pytest.fixture(scope="module")
@@ -121,17 +127,29 @@ def test_every_engine_goes_on_from_every_other_one(on_two: dict[str, Any], refer
 
 @pytest.mark.slow
 def test_a_run_goes_on_on_other_numbers_of_ranks(
-    folder: Path, on_two: dict[str, Any], reference: SimpleNamespace
+    folder: Path, on_two: dict[str, Any], on_four: dict[str, Any], reference: SimpleNamespace
 ) -> None:
-    some = ["zero1", "zero3", "fsdp2"]
-    on_four = on_ranks(4, folder, "--train", *some, "--resume", *some, "--saved-on", 2)
-    on_one = on_ranks(1, folder, "--resume", *some, "--saved-on", 2, 4)
-    back_on_two = on_ranks(2, folder, "--resume", *some, "--saved-on", 4)
+    on_one = on_ranks(1, folder, "--resume", *SOME, "--saved-on", 2, 4)
+    back_on_two = on_ranks(2, folder, "--resume", *SOME, "--saved-on", 4)
     resumed = {**on_four["resumed"], **on_one["resumed"], **back_on_two["resumed"]}
-    assert len(resumed) == 15 + 24 + 9 - 15  # checkpoints of two ranks are resumed on four and on one
+    assert len(resumed) == len(SOME) * (len(ENGINES) + len(SOME))  # checkpoints of two ranks, and of four
     for row in (*on_four["resumed"].values(), *on_one["resumed"].values(), *back_on_two["resumed"].values()):
         assert_close(row["rows"], reference.rows[SAVED_STEP:], SAVED_STEP + 1)
         assert row["validation"] == pytest.approx(on_two["trained"]["ddp"]["validation"], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_sequences_split_over_ranks_give_the_step_of_one_process(world_size: int, request: Any) -> None:
+    seen = dict(request.getfixturevalue({2: "on_two", 4: "on_four"}[world_size])["sequence"])
+    splits = [size for size in (1, 2, 4) if size <= world_size]
+    engines = ("zero1", "zero2", "zero3", "ddp", "fsdp2")
+    others = {"joint", "full", "selective", "bf16"}
+    assert seen.keys() == {f"{name}/{size}" for name in engines for size in splits} | others
+    bf16 = seen.pop("bf16")
+    assert 1e-4 < bf16["loss"] < 0.1 and bf16["weights"] < 0.01  # autocast was on, and changed little
+    wrong = {name: worst for name, worst in seen.items() if max(worst.values()) > 1e-5}
+    assert not wrong  # gradient norms are about 5, losses about 2, and a step moves weights by about 0.01
 
 
 @pytest.mark.slow
@@ -175,6 +193,16 @@ def test_deepspeed_json_follows_from_the_config() -> None:
     assert rendered["gradient_clipping"] == 0.7
     assert rendered["torch_autocast"]["enabled"] is True
     assert json.loads(json.dumps(rendered)) == rendered
+
+
+def test_offload_reaches_deepspeed_and_is_refused_where_it_cannot_be() -> None:
+    config = EngineConfig(zero_stage=3, offload_optimizer="cpu", offload_weights="cpu")
+    rendered = deepspeed_config(config, OptimizerConfig(), "bf16")["zero_optimization"]
+    assert rendered["offload_optimizer"]["device"] == rendered["offload_param"]["device"] == "cpu"
+    with pytest.raises(ValueError, match="kind=accelerate offloads nothing: set kind to deepspeed"):
+        EngineConfig(kind="accelerate", offload_optimizer="cpu")
+    with pytest.raises(ValueError, match=r"zero_stage=2 keeps weights on every rank: offload_weights needs stage 3"):
+        EngineConfig(zero_stage=2, offload_weights="cpu")
 
 
 # --- learning rate ------------------------------------------------------------------------------------------------

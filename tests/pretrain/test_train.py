@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import os
 import random
 import runpy
@@ -225,6 +226,7 @@ def test_killed_again_and_again_under_deepspeed_on_two_ranks_it_is_the_same_run(
 
     subprocess.run([*TORCHRUN, SCRIPT, killed, str(num_steps)], check=True, timeout=120)
     assert curve(killed) == curve(alone)
+    assert json.loads((alone / "ds_config.json").read_text())["zero_optimization"]["stage"] == 1
     exported, expected = (load_file(run / "export" / "model.safetensors") for run in (killed, alone))
     assert all(torch.equal(exported[name], expected[name]) for name in expected)
 
