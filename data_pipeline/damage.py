@@ -41,11 +41,6 @@ _MAX_REORDERED = 16  # frames that may be stored before one that is shown earlie
 _NO_SLICE_HOLDS = re.compile(rb"\0\0(?:[\1\2]|\0+[^\0])")  # ITU-T H.264 and H.265, 7.4.1: what looks like a start code
 
 
-def ask_for_checks(stream: VideoStream) -> None:
-    """Make its decoder, which is not open yet, say all that it finds wrong."""
-    stream.codec_context.options = _CHECKS.get(stream.codec_context.codec.canonical_name, {})
-
-
 @dataclass
 class _Sent:
     """A packet that was given to the decoder."""
@@ -57,7 +52,7 @@ class _Sent:
 
 
 class CheckedDecoder:
-    """Takes packets of one stream in decoding order, starting at a keyframe; `ask_for_checks` comes first."""
+    """Takes packets of one stream in decoding order, starting at a keyframe. Nothing else decodes with that stream."""
 
     def __init__(self, stream: VideoStream) -> None:
         self._context = stream.codec_context
@@ -82,6 +77,8 @@ class CheckedDecoder:
         is_end = packet.size == 0
         if is_end and packet.dts is not None:  # a dropped frame; the decoder would take it for the end
             return
+        if not self._context.is_open:
+            self._context.options = _checks(self._context, packet)
         self._last = self._sent(packet)
         if not self._last.is_damaged or is_end:
             self._send(packet)
@@ -145,6 +142,13 @@ class CheckedDecoder:
         for sent in (source, *self._pending.values(), *(sender for _, sender in self._held)):
             is_built_on_it = sent.is_leading or (sent.group == source.group and not source.is_leading)
             sent.is_damaged |= sent is source or (sent.number > source.number and is_built_on_it)
+
+
+def _checks(context: CodecContext, packet: Packet) -> dict[str, str]:
+    codec = context.codec.canonical_name
+    if codec == "hevc" and not nal_units.has_checksum(packet, context):
+        return {}  # errors that are raised tell next to nothing of the picture, and some are of metadata
+    return _CHECKS.get(codec, {})
 
 
 def _is_read_by_libvpx(stream: VideoStream) -> bool:

@@ -8,6 +8,7 @@ from av.codec import CodecContext
 from av.packet import Packet
 
 CODECS = ("h264", "hevc")
+_SUFFIX_SEI, _PICTURE_HASH = 40, 132  # ITU-T H.265, tables 7-1 and D.1
 
 
 def slices(packet: Packet, context: CodecContext) -> Iterator[bytes]:
@@ -17,6 +18,12 @@ def slices(packet: Packet, context: CodecContext) -> Iterator[bytes]:
         is_slice = bool(unit) and (1 <= unit[0] & 31 <= 5 if is_h264 else unit[0] >> 1 & 63 < 32)
         if is_slice:
             yield unit.rstrip(b"\0")  # zeros may follow a unit in a stream with start codes
+
+
+def has_checksum(packet: Packet, context: CodecContext) -> bool:
+    """Of HEVC: whether it says what the decoded picture adds up to (ITU-T H.265, D.2.19)."""
+    units = _units(bytes(packet), context.extradata or b"", is_h264=False)
+    return any(unit[0] >> 1 & 63 == _SUFFIX_SEI and unit[2] == _PICTURE_HASH for unit in units if len(unit) > 2)
 
 
 def _units(data: bytes, extradata: bytes, is_h264: bool) -> Iterator[bytes]:

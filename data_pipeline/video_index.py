@@ -21,7 +21,7 @@ from av.stream import Discard, Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from .damage import CheckedDecoder, ask_for_checks
+from .damage import CheckedDecoder
 from .video_pixels import Picture
 
 PathLike = str | os.PathLike[str]
@@ -306,7 +306,6 @@ def video_stream(container: InputContainer, path: PathLike) -> VideoStream:
         if stream is not main:
             stream.discard = Discard.all
     main.codec_context.thread_count = 1
-    ask_for_checks(main)
     return main
 
 
