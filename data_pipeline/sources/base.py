@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int64, UInt8
@@ -249,6 +249,11 @@ def printable(text: str) -> str:
 def _sentence(text: str) -> str:
     """For people: what a file says may be quoted in it, however long that is."""
     return printable(text if len(text) <= MAX_SENTENCE_LENGTH else f"{text[:MAX_SENTENCE_LENGTH]} …")
+
+
+def is_rate(value: Any) -> TypeGuard[float]:
+    """Whether something in a file can be a number of things per second: of others, times overflow."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 1e-3 <= value <= 1e6
 
 
 def key_safe(text: str) -> str:

@@ -16,13 +16,11 @@ import numpy as np
 from jaxtyping import Float32
 
 from ..video_index import file_identity
-from .base import SourceError
+from .base import SourceError, is_rate
 from .files import MAX_BYTES, check_file, check_size, open_file, parse_json, read_json
 from .npz_file import read_array
 
 JSON_SUFFIXES = (".json", ".jsonl")
-
-MIN_RATE, MAX_RATE = 1e-3, 1e6  # per second, of what a record may call a rate: beyond it, times overflow
 
 
 @dataclass(frozen=True)
@@ -140,7 +138,7 @@ class Record:
         if not isinstance(setting, str):
             return setting
         value = self.value(setting)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not MIN_RATE <= value <= MAX_RATE:
+        if not is_rate(value):
             raise SourceError("bad_record", self.where, f"{setting} is no rate but {str(value)[:40]!r}")
         return float(value)
 

@@ -24,13 +24,15 @@ import pyarrow.parquet as pq
 from configs.loader import UserError
 from configs.problems import show
 
-from .base import SourceError
+from .base import SourceError, is_rate
 from .files import check_file, check_size, parse_json, read_bytes, read_json
 
 _V2_DATA_PATH = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
 _V2_VIDEO_PATH = "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
 _V3_DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 _V3_VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+
+_TEMPLATE = re.compile(r"([^{}]|\{\w+(:\d{0,2}d?)?\})*")
 
 UNREADABLE = (SourceError, OSError, ValueError, pa.ArrowException)  # what opening and reading a parquet file raises
 
@@ -111,7 +113,7 @@ def read_metadata(path: Path) -> LeRobotMetadata:
         root=root,
         version=version,
         is_v3=is_v3,
-        fps=_positive_number(info, "fps", root),
+        fps=_rate(info, "fps", root),
         robot_type=info["robot_type"] if isinstance(info.get("robot_type"), str) else None,
         features=_features(info, notes),
         tasks=_read_tasks(root, notes),
@@ -198,12 +200,11 @@ def _read_json_lines(path: Path, index_key: str, notes: list[str]) -> dict[int, 
     return rows
 
 
-def _positive_number(info: dict[str, Any], key: str, root: Path) -> float:
+def _rate(info: dict[str, Any], key: str, root: Path) -> float:
     value = info.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise UserError(
-            f"{root}/meta/info.json: {key} must be a positive number, found {show(value)}; correct the file."
-        )
+    if not is_rate(value):
+        problem = f"{key} must be a positive number of at most a million, found {show(value)}"
+        raise UserError(f"{root}/meta/info.json: {problem}; correct the file.")
     return float(value)
 
 
@@ -468,8 +469,11 @@ def _first_rows(rows: list[dict[str, Any]]) -> dict[int, int | None]:
 
 
 def _place(root: Path, template: Any, default: str, values: dict[str, Any]) -> Path:
+    template = template if isinstance(template, str) else default
     try:
-        relative = (template if isinstance(template, str) else default).format(**values)
+        if not _TEMPLATE.fullmatch(template):  # a width may be any number, and an attribute be asked for
+            raise ValueError("write {name} or {name:03d}")
+        relative = template.format(**values)
     except (KeyError, IndexError, ValueError, AttributeError) as error:
         raise UserError(
             f"{root}/meta/info.json: the path template {show(template)} cannot be filled in ({error!r})."

@@ -40,6 +40,7 @@ from .base import (
     SourceError,
     check_dims,
     content_sha256,
+    is_rate,
     key_safe,
     stable_id,
 )
@@ -273,8 +274,7 @@ class _Writer:
         follow = config.frames_follow_actions
         self.frames_follow_actions = is_libero if follow is None else follow
         recorded = self._env.get("control_freq")
-        is_rate = isinstance(recorded, int | float) and recorded > 0
-        self.hz = float(config.control_hz or (recorded if is_rate else DEFAULT_HZ))  # type: ignore[arg-type]
+        self.hz = float(config.control_hz or (recorded if is_rate(recorded) else DEFAULT_HZ))  # type: ignore[arg-type]
 
     def embodiment(self, source: str, num_actions: int, proprio_names: tuple[str, ...]) -> Embodiment:
         action_names = self._action_names(num_actions)

@@ -377,6 +377,23 @@ def test_endless_captions_are_cut(tmp_path: Path) -> None:
     assert "would take 0.5 GB of memory" in repair.sentence and repair.sentence.endswith("the episode has none.")
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"fps": 1e308}, "fps must be a positive number of at most a million, found 1e+308"),
+        ({"fps": True}, "million, found True"),
+        ({"data_path": "{episode_index:0900000000d}.parquet"}, "cannot be filled in"),
+        ({"video_path": "{episode_chunk.__class__}/{video_key}.mp4"}, "cannot be filled in"),
+        ({"data_path": "../../{episode_index}.parquet"}, "leads out of the dataset's folder"),
+    ],
+)
+def test_info_json_is_not_believed(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    root = write_lerobot_v21(tmp_path, lengths=(8,), **changes)
+    with pytest.raises(UserError) as caught:
+        doctor(root)
+    assert words in str(caught.value)
+
+
 def test_sentences_stay_short_whatever_they_quote(tmp_path: Path) -> None:
     root = write_lerobot_v21(tmp_path, lengths=(8,), fps="x" * 5_000_000)
     with pytest.raises(UserError) as caught:

@@ -492,7 +492,7 @@ def test_datasets_that_are_no_use_are_refused_in_one_sentence(tmp_path: Path) ->
         "no_tables": "none of its tables in data/ can be read",
         "no_episodes": "no rows with an episode_index",
         "broken": "cannot be read as JSON",
-        "no_rate": "fps must be a positive number, found 0",
+        "no_rate": "fps must be a positive number of at most a million, found 0",
         "old": "v1.6 is not supported",
         "escape": "leads out of the dataset's folder",
         "template": "cannot be filled in",
