@@ -1,6 +1,7 @@
 """A folder behind HTTP, as object storage is: ranges, ETags, and requests that fail as they fail there."""
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ class RangeServer(ThreadingHTTPServer):
         self.has_versions = True  # whether it tells ETags
         self.has_ranges = True
         self.status = 200  # any other one is the answer to everything
+        self.delay_s = 0.0
         self.requests: Counter[str] = Counter()  # path -> GETs
         self.failed: Counter[str] = Counter()
         self._num_requests = 0
@@ -59,6 +61,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.requests[self.path] += 1
+        time.sleep(self.server.delay_s)
         self._answer(with_body=True)
 
     def _answer(self, with_body: bool) -> None:

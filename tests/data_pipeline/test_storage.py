@@ -206,8 +206,10 @@ def test_a_server_that_stays_away_makes_samples_unreadable(folder, server, confi
 def test_a_server_without_ranges_is_not_taken_for_one(folder, server, config):
     server.has_ranges = False
     index = DatasetIndex(server.address, config)
+    index.take_traffic()
     with pytest.raises(UserError, match=r"\d+ bytes came instead of \d+"):
         index.read_sample(0)
+    assert index.take_traffic() == Counter(requests=2)  # what it is, and one part: whole files are not asked for again
 
 
 # --- the cache ----------------------------------------------------------------------------------------------------
@@ -249,6 +251,18 @@ def test_two_processes_share_a_cache_that_stays_small(folder, server, config):
         reader.join(60)
     assert [reader.exitcode for reader in readers] == [0, 0], failed.get(timeout=1)
     assert blocks(config) and used(config) <= config.cache_gb * 2**30
+
+
+def test_of_those_that_want_a_block_one_fetches_it(server, config):
+    index = DatasetIndex(server.address, config)
+    server.delay_s = 0.3  # so that all of them ask before the first has it
+    context = multiprocessing.get_context("fork")
+    readers = [context.Process(target=index.read_sample, args=(0,)) for _ in range(4)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join(60)
+    assert [reader.exitcode for reader in readers] == [0] * 4 and shard_requests(server) == 1
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
