@@ -27,7 +27,8 @@ ConfigT = TypeVar("ConfigT", bound=StrictConfig)
 def resume_config(run_dir: Path, config: ConfigT, may_change: Collection[str]) -> ConfigT:
     """The config to go on with: as given, and where it says `auto`, what the run settled on when it started.
 
-    Settings that would have given other results are refused. `may_change` are the dotted keys of those that would not.
+    Settings that would have given other results are refused. `may_change` are the dotted keys of those that would not,
+    and of sections of those.
     """
     path = run_dir / CONFIG_FILE
     if run_dir.exists() and not run_dir.is_dir():
@@ -38,7 +39,8 @@ def resume_config(run_dir: Path, config: ConfigT, may_change: Collection[str]) -
     here = dict(_leaves(config.model_dump(mode="json", by_alias=True)))
     different = {key for key in stored.keys() | here.keys() if stored.get(key) != here.get(key)}
     settled = {key for key in different if here.get(key) == AUTO}
-    for key in sorted(different - settled - set(may_change)):
+    allowed = {key for key in different if any(f"{key}.".startswith(f"{may}.") for may in may_change)}
+    for key in sorted(different - settled - allowed):
         given, before = (show_value(values.get(key)) for values in (here, stored))
         raise UserError(
             f"{key} is {given}, but {run_dir} was started with {before} ({path}), and resuming would mix the two; set "

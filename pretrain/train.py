@@ -27,7 +27,6 @@ from data_pipeline.dataset import CODEC, TEXT_ENCODER, DatasetDescription, Datas
 from data_pipeline.datasets import Datasets
 from data_pipeline.loader import Loader, LoaderConfig, SamplePlan, plan_samples
 from data_pipeline.sample_order import Cursor
-from data_pipeline.storage import StorageConfig
 
 from .checkpoint import CHECKPOINTS, Checkpoints, find_checkpoints
 from .draws import seed_layers
@@ -96,7 +95,7 @@ MAY_CHANGE = frozenset(
     {"run_dir", "num_steps", "checkpoint_every", "keep_last", "keep_every"}
     | {"validate_every", "validation_batches", "log_every"}
     | {"loader.num_workers", "loader.prefetch_factor", "loader.check_sha256", "loader.max_bad_fraction"}
-    | {f"loader.storage.{name}" for name in StorageConfig.model_fields}
+    | {"loader.dataset", "loader.storage"}  # where it lies: what is in it, the cursor sees to
     | {"engine.kind", "engine.zero_stage", "engine.sharding", "engine.sequence_parallel", "engine.grad_accum_steps"}
     | {"engine.timeout_s", "engine.attention", "engine.compile", "engine.activation_checkpointing"}
     | {"engine.offload_optimizer", "engine.offload_weights"}

@@ -26,7 +26,7 @@ from data_pipeline.shards import ShardError
 from data_pipeline.storage import Address, StorageConfig, open_files
 from data_pipeline.verify import VerifyConfig, main, verify
 from pretrain.metrics import read_metrics
-from pretrain.train import PretrainConfig
+from pretrain.train import PretrainConfig, resume_run
 from pretrain.train import main as train
 from tests.data_pipeline.range_server import FAILURES, serving
 from tests.data_pipeline.tiny_dataset import tiny_dataset
@@ -90,6 +90,7 @@ def test_batches_are_those_of_the_folder(folder, server, config, num_workers):
     found, loader = batches(server.address, config, num_workers=num_workers)
     assert_same(found, expected)
     assert loader.traffic["requests"] and not loader.traffic["retries"] and not loader.bad_samples
+    assert DatasetIndex(server.address, config).digest == DatasetIndex(folder).digest  # so a run may go on from either
     size = sum(shard.stat().st_size for shard in folder.rglob("train/*/*.tar"))
     assert shard_requests(server) <= size / BLOCK + len(list(folder.rglob("*.tar")))  # each block once, for all workers
     before = shard_requests(server)
@@ -481,10 +482,10 @@ def test_a_full_disk_costs_speed_only(server, config, monkeypatch, caplog):
 # --- training -----------------------------------------------------------------------------------------------------
 
 
-def run(run_dir, dataset, **loader):
+def run_config(run_dir, dataset, **loader):
     video = {"patch_size": [1, 2, 2], "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 6}
     video |= {"out_channels": 6, "text_dim": 8, "freq_dim": 16, "ffn_dim": 32, "num_layers": 1}
-    config = PretrainConfig.model_validate(
+    return PretrainConfig.model_validate(
         {
             "run_dir": run_dir,
             "num_steps": 3,
@@ -492,11 +493,15 @@ def run(run_dir, dataset, **loader):
             "validation_batches": 1,
             "model": {"prediction": "data", "predict_residual": True, "video": video},
             "loader": {"dataset": dataset, "global_batch_size": 32, "text_length": 4, **loader},
-            "engine": {"kind": "accelerate", "device": "cpu"},
+            "engine": {"kind": "accelerate", "device": "cpu", "precision": "fp32"},  # of all tests in a process
         }
     )
+
+
+def run(*args, **loader):
+    config = run_config(*args, **loader)
     assert train(config) == 0
-    return [row for row in read_metrics(run_dir / "metrics.jsonl") if row["split"] == "train"]
+    return [row for row in read_metrics(config.run_dir / "metrics.jsonl") if row["split"] == "train"]
 
 
 def test_training_from_a_url(folder, server, config, tmp_path):
@@ -512,5 +517,6 @@ def test_training_from_a_url(folder, server, config, tmp_path):
     assert "storage/requests" not in expected[-1]
     bad = "bad_samples/wrong_checksum"
     assert found[-1][bad] == expected[-1][bad] > 0
+    resume_run(run_config(tmp_path / "local", server.address, storage=settings, **tolerant))  # it may go on from there
     exported = tmp_path / "remote/export"
     assert {"codec", "text_encoder", "dataset.yaml", "norm_stats.json"} <= {path.name for path in exported.iterdir()}

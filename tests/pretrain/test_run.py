@@ -43,6 +43,9 @@ def test_fields_that_do_not_matter_may_change(tmp_path: Path) -> None:
     write_config(tmp_path, RunConfig(run_dir=tmp_path))
     changed = RunConfig(run_dir=tmp_path, inner=Inner(workers=8))
     assert resume_config(tmp_path, changed, may_change={"inner.workers"}) == changed
+    assert resume_config(tmp_path, changed, may_change={"inner"}) == changed
+    with pytest.raises(UserError, match=r"inner\.workers"):
+        resume_config(tmp_path, changed, may_change={"inner.work", "inn"})
 
 
 def test_auto_takes_what_the_run_settled_on(tmp_path: Path) -> None:
