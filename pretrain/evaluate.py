@@ -98,6 +98,7 @@ def imagine(
 ) -> np.ndarray:
     """The mean future of each clip as pixels, uint8 [b f h w 3], without the context frames."""
     context, _ = world_model.split(batch["latents"])
+    actions = world_model.future_actions(actions)
     future = world_model.predict(context, actions, batch["text_tokens"], num_draws=num_draws, generator=generator)
     return world_model.decode(torch.cat([context, future], dim=1)).numpy()[:, world_model.context_frames :]
 

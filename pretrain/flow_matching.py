@@ -6,13 +6,15 @@ velocity = noise - data. (The π0 paper runs the other way; openpi, torchtitan a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, model_validator
+from scipy.special import betaincinv
 from torch import Tensor
 
 from configs.loader import StrictConfig
@@ -28,7 +30,7 @@ MIN_FLOW_TIME = 1e-3
 
 
 class FlowTimeConfig(StrictConfig):
-    """How training draws flow times; `pure_noise_share` of the draws are exactly 1."""
+    """How training draws flow times."""
 
     distribution: Literal["uniform", "logit_normal", "beta"] = Field("logit_normal", description="law of the draws")
     mean: float = Field(0.0, description="logit_normal: mean of the logit; larger is noisier")
@@ -36,20 +38,64 @@ class FlowTimeConfig(StrictConfig):
     alpha: float = Field(1.5, gt=0, description="beta: first parameter; larger is noisier")
     beta: float = Field(1.0, gt=0, description="beta: second parameter")
     shift: float = Field(1.0, gt=0, description="time_shift s: t becomes s t / (1 + (s - 1) t); above 1 is noisier")
+    shift_tokens: int | None = Field(
+        None, ge=1, description="noised tokens at which `shift` holds, else it grows with their root; null: it is fixed"
+    )
     pure_noise_share: float = Field(0.0, ge=0, le=1, description="share of draws at flow time 1, the mean prediction")
+    high_noise_share: float = Field(0.0, ge=0, le=1, description="share of draws between high_noise_from and 1")
+    high_noise_from: float = Field(0.98, ge=0, le=1, description="where very high noise begins")
+    stratified: bool = Field(False, description="spread each global batch's draws evenly over the law: less variance")
+
+    @model_validator(mode="after")
+    def _shares_leave_something(self) -> Self:
+        if self.pure_noise_share + self.high_noise_share > 1:
+            raise ValueError(
+                f"pure_noise_share {self.pure_noise_share} and high_noise_share {self.high_noise_share} are more than 1"
+            )
+        return self
 
 
-def sample_flow_time(config: FlowTimeConfig, draws: SampleDraws) -> Float[Tensor, "b"]:
-    """A flow time per sample."""
+def sample_flow_time(config: FlowTimeConfig, draws: SampleDraws, num_tokens: int | None = None) -> Float[Tensor, "b"]:
+    """A flow time per sample; `num_tokens`, the noised tokens of one, is needed where the shift depends on it."""
+    pure, special = config.pure_noise_share, config.pure_noise_share + config.high_noise_share
+    if config.stratified:
+        chance = draws.stratified()
+        flow_time = quantile(config, (chance - special).clamp_min(0) / max(1 - special, 1e-9))
+    else:
+        flow_time = _draw(config, draws)
+        chance = draws.uniform()
+    flow_time = time_shift(flow_time, shift_at(config, num_tokens))
+    above = (chance - pure) / max(config.high_noise_share, 1e-9)
+    flow_time = torch.where(chance < special, config.high_noise_from + (1 - config.high_noise_from) * above, flow_time)
+    return torch.where(chance < pure, torch.ones_like(flow_time), flow_time)
+
+
+def _draw(config: FlowTimeConfig, draws: SampleDraws) -> Float[Tensor, "b"]:
     if config.distribution == "uniform":
-        flow_time = draws.uniform()
-    elif config.distribution == "logit_normal":
-        flow_time = (config.mean + config.std * draws.normal()).sigmoid()
-    else:  # Beta(a, b) is X / (X + Y) of two gammas
-        first, second = draws.gamma(config.alpha), draws.gamma(config.beta)
-        flow_time = first / (first + second)
-    flow_time = time_shift(flow_time, config.shift)
-    return torch.where(draws.uniform() < config.pure_noise_share, torch.ones_like(flow_time), flow_time)
+        return draws.uniform()
+    if config.distribution == "logit_normal":
+        return (config.mean + config.std * draws.normal()).sigmoid()
+    first, second = draws.gamma(config.alpha), draws.gamma(config.beta)  # Beta(a, b) is X / (X + Y) of two gammas
+    return first / (first + second)
+
+
+def quantile(config: FlowTimeConfig, share: Float[Tensor, "b"]) -> Float[Tensor, "b"]:
+    """The flow time below which this share of the law's draws lies, before any shift."""
+    if config.distribution == "uniform":
+        return share
+    if config.distribution == "logit_normal":
+        return (config.mean + config.std * torch.special.ndtri(share)).sigmoid()
+    # torch has no inverse of the incomplete beta function
+    return torch.from_numpy(betaincinv(config.alpha, config.beta, share.cpu().numpy())).to(share)
+
+
+def shift_at(config: FlowTimeConfig, num_tokens: int | None) -> float:
+    """More tokens show the same picture in more places, so that more noise hides as much of it (arXiv 2403.03206)."""
+    if config.shift_tokens is None:
+        return config.shift
+    if num_tokens is None:
+        raise ValueError("the shift depends on the number of tokens: pass num_tokens")
+    return config.shift * math.sqrt(num_tokens / config.shift_tokens)
 
 
 def time_shift(flow_time: Tensor, shift: float) -> Tensor:

@@ -77,7 +77,7 @@ def sample_draws(engine: Engine, seed: int, step: int, batch: Batch, stream: Str
     """The draws of this rank's part of a step's global batch."""
     size = num_samples(batch)
     places = range(engine.data_rank * size, (engine.data_rank + 1) * size)
-    return SampleDraws.seeded(seed, step, places, engine.device, stream)
+    return SampleDraws.seeded(seed, step, places, engine.device, stream, size * engine.data_world_size)
 
 
 def num_samples(batch: Batch) -> int:

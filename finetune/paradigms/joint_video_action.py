@@ -92,11 +92,11 @@ class JointVideoAction(nn.Module):
     def loss(self, batch: Batch, draws: SampleDraws) -> LossTerms:
         config, world_model = self.config, self.world_model
         context, future = world_model.split(world_model.latents(batch))
-        actions = batch["actions"][:, : config.action_horizon]
-        valid = batch["action_is_valid"][:, : config.action_horizon]
+        actions = world_model.future_actions(batch["actions"])[:, : config.action_horizon]
+        valid = world_model.future_actions(batch["action_is_valid"])[:, : config.action_horizon]
         # Draw order is part of the step's definition: changing it changes every run's numbers.
-        video_time = flow_matching.sample_flow_time(world_model.config.flow_time, draws)
-        action_time = flow_matching.sample_flow_time(config.action_flow_time, draws)
+        video_time = flow_matching.sample_flow_time(world_model.config.flow_time, draws, world_model.num_tokens(future))
+        action_time = flow_matching.sample_flow_time(config.action_flow_time, draws, actions.shape[1])
         video_noise = draws.normal(*future.shape[1:])
         action_noise = draws.normal(*actions.shape[1:])
         proprio_noise = draws.normal(*batch["proprio"].shape[1:])
@@ -133,7 +133,9 @@ class JointVideoAction(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """One pass over all groups, as in training."""
         world_model = self.world_model
-        action_embedding = world_model.embed_actions(batch["actions"], conditioned, noised_video)
+        action_embedding = world_model.embed_actions(
+            world_model.future_actions(batch["actions"]), conditioned, noised_video
+        )
         future, video_embedding = world_model.future_group(noised_video, context, video_time, action_embedding)
         chunk, chunk_embedding = self.action_expert.action_group(noised_actions, action_time)
         groups = [world_model.context_group(context), future, self.action_expert.proprio_group(proprio), chunk]

@@ -8,13 +8,14 @@ trains the same weights.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+import math
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, UInt8
-from pydantic import Field
+from pydantic import Field, NonNegativeInt, model_validator
 from torch import Tensor, nn
 
 from configs.loader import StrictConfig, UserError
@@ -53,6 +54,9 @@ class ObservationSpaceConfig(StrictConfig):
     kind: Literal["observation_space"] = "observation_space"
     video: VideoDiTConfig
     context_latent_frames: int = Field(1, ge=1, description="clean latent frames at the start of each clip")
+    drawn_context_latent_frames: tuple[NonNegativeInt, ...] | None = Field(
+        None, min_length=1, description="training draws their number from these, per step; null: context_latent_frames"
+    )
     prediction: Prediction = Field("velocity", description="what the network predicts: velocity (Wan) or data")
     predict_residual: bool = Field(False, description="predict the change from the last context latent frame")
     flow_time: FlowTimeConfig = FlowTimeConfig()
@@ -61,6 +65,12 @@ class ObservationSpaceConfig(StrictConfig):
     action_dim: int | None = Field(None, ge=1, description="numbers per action; null: the dataset's")
     actions_per_latent: int | None = Field(None, ge=1, description="actions per latent frame; null: the dataset's")
     residual_std: float | None = Field(None, gt=0, description="scale of the residual; null: measured on the dataset")
+
+    @model_validator(mode="after")
+    def _residuals_have_a_context(self) -> Self:
+        if self.predict_residual and 0 in (self.drawn_context_latent_frames or ()):
+            raise ValueError("predict_residual needs a context, so drawn_context_latent_frames cannot hold 0")
+        return self
 
 
 class ActionConditioner(nn.Module):
@@ -168,26 +178,43 @@ class ObservationSpaceWorldModel(nn.Module):
         use = torch.ones(batch, dtype=torch.bool, device=like.device) if use is None else use
         return self.action_conditioner(actions[:, : frames * self.action_conditioner.actions_per_latent], use)
 
+    def future_actions(self, actions: Float[Tensor, "b k a"], context_latent_frames: int | None = None) -> Tensor:
+        """Of a clip's actions those after its context."""
+        count = self.config.context_latent_frames if context_latent_frames is None else context_latent_frames
+        return actions[:, max(count - 1, 0) * self.action_conditioner.actions_per_latent :]
+
+    def num_tokens(self, latents: Float[Tensor, "b t c h w"]) -> int:
+        return math.prod(self.video.grid((latents.shape[1], *latents.shape[3:])))
+
     # The protocol -------------------------------------------------------------------------------------------------
 
-    def split(self, latents: Float[Tensor, "b t c h w"]) -> tuple[Tensor, Tensor]:
+    def split(
+        self, latents: Float[Tensor, "b t c h w"], context_latent_frames: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Context and the (scaled, relative) future that is to be predicted."""
-        context, future = latents.tensor_split([self.config.context_latent_frames], dim=1)
+        count = self.config.context_latent_frames if context_latent_frames is None else context_latent_frames
+        context, future = latents.tensor_split([count], dim=1)
         return context, (future - self.anchor(context)) / self.residual_scale
 
     def loss(self, batch: Batch, draws: SampleDraws) -> LossTerms:
-        context, data = self.split(self.latents(batch))
-        flow_time = flow_matching.sample_flow_time(self.config.flow_time, draws)
+        count = self.config.context_latent_frames
+        if self.training and self.config.drawn_context_latent_frames is not None:
+            count = draws.one_of(self.config.drawn_context_latent_frames)
+        context, data = self.split(self.latents(batch), count)
+        flow_time = flow_matching.sample_flow_time(self.config.flow_time, draws, self.num_tokens(data))
         noise = draws.normal(*data.shape[1:])
         keep_text = draws.uniform() >= self.config.text_dropout
         keep_actions = draws.uniform() >= self.config.action_dropout
         noised = flow_matching.add_noise(data, noise, flow_time)
-        actions = self.embed_actions(batch["actions"], batch["has_actions"] & keep_actions, data)
+        given = self.future_actions(batch["actions"], count)
+        led_to = data if count else data[:, 1:]  # nothing leads to a clip's first latent frame
+        actions = self.embed_actions(given, batch["has_actions"] & keep_actions, led_to)
+        actions = F.pad(actions, (0, 0, data.shape[1] - led_to.shape[1], 0))
         text = self.video.condition_embedder.text_embedder(batch["text_tokens"] * keep_text[:, None, None])
         future, embedding = self.future_group(noised, context, flow_time, actions)
-        groups = [self.context_group(context), future]
-        (_, tokens), _ = run_experts({VIDEO_EXPERT: self.video.blocks}, {VIDEO_EXPERT: text}, groups, VISIBILITY)
-        output = self.read_future(tokens, embedding, data)
+        groups = [self.context_group(context), future] if count else [future]
+        tokens, _ = run_experts({VIDEO_EXPERT: self.video.blocks}, {VIDEO_EXPERT: text}, groups, VISIBILITY)
+        output = self.read_future(tokens[-1], embedding, data)
         target = flow_matching.training_target(data, noise, self.config.prediction)
         loss = F.mse_loss(output.float(), target)
         return LossTerms(loss, {"video": loss.detach()})
@@ -205,7 +232,8 @@ class ObservationSpaceWorldModel(nn.Module):
     ) -> Float[Tensor, "b t c h w"]:
         """Future latents. One step gives the mean prediction (averaged over `num_draws` noises), more give samples.
 
-        `num_latent_frames` defaults to what the actions cover. The context is computed once, for all draws and steps.
+        `actions` begin where the context ends (`future_actions` of a clip's); `num_latent_frames` defaults to what they
+        cover. The context is computed once, for all draws and steps.
         """
         if num_latent_frames is None:
             if actions is None:
@@ -308,11 +336,15 @@ def _check_shape(config: ObservationSpaceConfig, inputs: ModelInputs) -> None:
             f"model.video.patch_size={list(video.patch_size)} does not divide the {height}x{width} latents of "
             f"{dataset}; choose divisors of both."
         )
-    if frames <= config.context_latent_frames:
-        raise UserError(
-            f"model.context_latent_frames={config.context_latent_frames} leaves nothing to predict: the clips of "
-            f"{dataset} are shown with {frames} latent frames."
-        )
+    for name, count in (
+        ("context_latent_frames", config.context_latent_frames),
+        ("drawn_context_latent_frames", max(config.drawn_context_latent_frames or (0,))),
+    ):
+        if frames <= count:
+            raise UserError(
+                f"model.{name}={count} leaves nothing to predict: the clips of {dataset} are shown with {frames} "
+                "latent frames."
+            )
     if config.context_latent_frames % video.patch_size[0] or frames % video.patch_size[0]:
         raise UserError(
             f"model.video.patch_size={list(video.patch_size)} does not divide the {config.context_latent_frames} "

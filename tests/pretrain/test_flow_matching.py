@@ -74,3 +74,49 @@ def test_a_shift_above_one_makes_the_draws_noisier():
 def test_guidance_scale_one_is_the_conditional_prediction():
     conditional, unconditional = torch.randn(3), torch.randn(3)
     torch.testing.assert_close(flow_matching.guided(conditional, unconditional, 1.0), conditional)
+
+
+LAWS = [
+    FlowTimeConfig(distribution="uniform"),
+    FlowTimeConfig(distribution="logit_normal", mean=0.5, std=1.5),
+    FlowTimeConfig(distribution="beta", alpha=1.5, beta=1.0),
+    FlowTimeConfig(distribution="logit_normal", shift=3.0, pure_noise_share=0.25, high_noise_share=0.125),
+]
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_stratified_draws_follow_the_same_law_with_less_variance(law):
+    def batches(config: FlowTimeConfig, size: int, count: int) -> torch.Tensor:
+        drawn = [
+            flow_matching.sample_flow_time(config, SampleDraws.seeded(0, step, range(size))) for step in range(count)
+        ]
+        return torch.stack(drawn)
+
+    plain, stratified = batches(law, 16, 200), batches(law.model_copy(update={"stratified": True}), 16, 200)
+    shares = torch.linspace(0.05, 0.95, 10)
+    torch.testing.assert_close(stratified.quantile(shares), plain.quantile(shares), atol=0.04, rtol=0)
+    assert stratified.mean(1).std() < 0.35 * plain.mean(1).std()
+    # every single batch has its share of special draws
+    assert ((stratified == 1).sum(1) == 16 * law.pure_noise_share).all()
+    is_high = (stratified >= law.high_noise_from) & (stratified < 1)
+    assert (is_high.sum(1) >= 16 * law.high_noise_share).all()
+
+
+def test_very_high_noise_has_its_share():
+    config = FlowTimeConfig(distribution="logit_normal", mean=-2.0, high_noise_share=0.3, high_noise_from=0.9)
+    drawn = flow_matching.sample_flow_time(config, SampleDraws([generator()] * 20_000))
+    assert abs((drawn >= 0.9).float().mean().item() - 0.3) < 0.02
+    assert abs(drawn[drawn >= 0.9].mean().item() - 0.95) < 0.005
+
+
+def test_the_shift_grows_with_the_root_of_the_tokens():
+    config = FlowTimeConfig(shift=2.0, shift_tokens=100)
+    assert [flow_matching.shift_at(config, tokens) for tokens in (25, 100, 400)] == [1.0, 2.0, 4.0]
+    assert flow_matching.shift_at(FlowTimeConfig(shift=2.0), None) == 2.0
+    with pytest.raises(ValueError, match="pass num_tokens"):
+        flow_matching.sample_flow_time(config, SampleDraws([generator()]))
+
+
+def test_shares_above_one_are_refused():
+    with pytest.raises(ValueError, match="are more than 1"):
+        FlowTimeConfig(pure_noise_share=0.6, high_noise_share=0.6)

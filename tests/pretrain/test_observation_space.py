@@ -158,3 +158,38 @@ def test_an_image_to_video_model_sees_which_frames_are_given():
     given = batch["latents"][:, :1]
     assert torch.equal(context, torch.cat([given, torch.ones_like(given), given], dim=2))
     assert torch.equal(future[:, :, 4:], torch.zeros_like(future[:, :, 4:]))
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_each_future_frame_gets_its_own_actions_whatever_the_context(count):
+    """Actions 4(i-1) to 4i lead to latent frame i; the first one has none."""
+    model, batch = awaken(make(drawn_context_latent_frames=[count], predict_residual=False)), make_batch(frames=4)
+    embeddings = []
+    model.future_group = lambda noised, context, time, actions: (
+        embeddings.append((noised, context, actions)) or type(model).future_group(model, noised, context, time, actions)
+    )
+    loss(model, batch)
+    ((noised, context, actions),) = embeddings
+    assert (context.shape[1], noised.shape[1], actions.shape[1]) == (count, 4 - count, 4 - count)
+    every = model.action_conditioner(batch["actions"], batch["has_actions"])  # of latent frames 1, 2, 3
+    expected = torch.cat([torch.zeros_like(every[:, :1]), every], 1)[:, count:]
+    torch.testing.assert_close(actions, expected)
+    given = model.future_actions(batch["actions"], count)
+    assert torch.equal(given, batch["actions"][:, max(0, 4 * (count - 1)) :])
+
+
+def test_the_number_of_context_frames_is_drawn_in_training_and_fixed_in_validation():
+    model, batch = awaken(make(drawn_context_latent_frames=[0, 1, 2], predict_residual=False)), make_batch()
+    fixed = make(predict_residual=False)
+    fixed.load_state_dict(model.state_dict())
+    model.eval()
+    assert loss(model, batch) == loss(fixed, batch)
+    model.train()
+    losses = {model.loss(batch, SampleDraws.seeded(1, step, range(4))).total.item() for step in range(12)}
+    chosen = [SampleDraws.seeded(1, step, range(4)).one_of([0, 1, 2]) for step in range(12)]
+    assert set(chosen) == {0, 1, 2} and len(losses) == 12
+
+
+def test_residuals_need_a_context():
+    with pytest.raises(ValueError, match="cannot hold 0"):
+        make(drawn_context_latent_frames=[0, 1], predict_residual=True)
