@@ -68,9 +68,7 @@ class CheckedDecoder:
         self._is_damaged = False  # whether frames of this group of pictures are, from now on
         self._are_leading_damaged = False
         self._pending: dict[int | None, _Sent] = {}  # by time: those whose frames are yet to come
-        self._held: deque[tuple[VideoFrame, _Sent]] = (
-            deque()
-        )  # frames that damage found in a pending one would spread to
+        self._held: deque[tuple[VideoFrame, _Sent]] = deque()  # frames that damage may spread to from a pending one
 
     def decode(self, packet: Packet) -> Iterator[VideoFrame]:
         """The frames known by then to show no damage, in presentation order. A packet of no bytes ends the stream."""
@@ -106,6 +104,8 @@ class CheckedDecoder:
         if self._is_damaged and not was_damaged:  # the next keyframe finds the decoder as after a seek
             self._run_decoder([None])
             self._context.flush_buffers()
+            if self._splitter is not None:
+                self._splitter.flush()
 
     def _run_decoder(self, packets: Iterable[Packet | None]) -> None:
         try:
@@ -115,10 +115,13 @@ class CheckedDecoder:
         except av.FFmpegError:
             self._spread_damage(self._last)
 
-    def _parts(self, packet: Packet) -> Iterable[Packet | None]:
+    def _parts(self, packet: Packet) -> Iterator[Packet | None]:
         if packet.size == 0:
-            return (None,)
-        return (packet,) if self._splitter is None else self._splitter.filter(packet)
+            yield None
+        elif self._splitter is None:
+            yield packet
+        else:
+            yield from self._splitter.filter(packet)
 
     def _hold(self, frame: VideoFrame) -> None:
         sent = self._pending.pop(frame.pts, self._last)
@@ -147,7 +150,7 @@ class CheckedDecoder:
 def _checks(context: CodecContext, packet: Packet) -> dict[str, str]:
     codec = context.codec.canonical_name
     if codec == "hevc" and not nal_units.has_checksum(packet, context):
-        return {}  # errors that are raised tell next to nothing of the picture, and some are of metadata
+        return {}  # of errors that are raised some are of the metadata of sound pictures, as cameras write it
     return _CHECKS.get(codec, {})
 
 

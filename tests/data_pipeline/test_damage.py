@@ -78,6 +78,14 @@ def test_frames_shown_before_a_keyframe_suffer_from_damage_before_it(tmp_path: P
         np.testing.assert_array_equal(frame, whole[i])
 
 
+def test_a_packet_that_cannot_be_split_costs_its_group_alone(tmp_path: Path, pictures: np.ndarray) -> None:
+    """Of VP9: an index of several pictures that are larger than the packet (annex B of its specification)."""
+    path = write(tmp_path, "vp9", pictures)
+    packet = stored_packets(path)[3]
+    path.write_bytes(path.read_bytes().replace(packet, packet[:-10] + b"\xd9" + b"\xff" * 8 + b"\xd9"))
+    assert sorted(frames_given(path, range(NUM_FRAMES))) == [0, 1, 2, *range(GOP, NUM_FRAMES)]
+
+
 @pytest.mark.parametrize(
     ("codec", "b_frames", "has_times"),
     [("mpeg4", 0, True), ("mjpeg", 0, True), ("mpeg4", 2, False), ("libx264", 2, False)],
