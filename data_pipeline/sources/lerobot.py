@@ -14,7 +14,6 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from configs.loader import UserError
@@ -23,18 +22,15 @@ from ..embodiments import Embodiment, embodiment_from_features
 from ..video_io import VideoError, VideoInfo, frame_times, probe_video
 from .base import Episode, SourceConfig, SourceError, VideoSegment, check_dims, content_sha256, key_safe, printable
 from .lerobot_metadata import (
-    UNREADABLE,
     EpisodeRecord,
     LeRobotMetadata,
     VideoPlace,
     claimed_size,
-    first_line,
     is_video,
-    open_table,
-    read_columns,
     read_metadata,
     video_properties,
 )
+from .parquet_tables import UNREADABLE, first_line, open_table, read_columns, row_groups_with
 from .video_folder import video_repairs
 
 ACTION_COLUMNS = ("action", "actions")
@@ -306,7 +302,7 @@ def _read_rows(record: EpisodeRecord, columns: _Columns, notes: list[str]) -> _R
         if record.is_own_table:
             table = read_columns(path, parquet, present)
         elif "episode_index" in present:
-            table = read_columns(path, parquet, present, _row_groups_of(parquet, record.index))
+            table = read_columns(path, parquet, present, row_groups_with(parquet, "episode_index", record.index))
             table = table.filter(pc.field("episode_index") == record.index)
         elif record.first_row is not None and record.length is not None:
             table = read_columns(path, parquet, present).slice(record.first_row, record.length)
@@ -330,18 +326,6 @@ def _read_rows(record: EpisodeRecord, columns: _Columns, notes: list[str]) -> _R
             f"The metadata says {record.length} frames, the table has {len(rows)} rows: the table is believed."
         )
     return _in_frame_order(rows, path, notes)
-
-
-def _row_groups_of(parquet: pq.ParquetFile, episode: int) -> list[int]:
-    """The parts of a table that may hold rows of the episode, by their statistics."""
-    found = []
-    for number in range(parquet.metadata.num_row_groups):
-        group = parquet.metadata.row_group(number)
-        columns = {column.path_in_schema: column for column in map(group.column, range(group.num_columns))}
-        known = columns["episode_index"].statistics
-        if known is None or not known.has_min_max or known.min <= episode <= known.max:
-            found.append(number)
-    return found
 
 
 def _holds_numbers(column: pa.ChunkedArray) -> bool:

@@ -13,19 +13,19 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from configs.loader import UserError
 from configs.problems import show
 
 from .base import SourceError, is_rate
-from .files import check_file, check_size, parse_json, read_bytes, read_json
+from .files import parse_json, read_bytes, read_json
+from .parquet_tables import UNREADABLE, first_line, open_table, read_columns
 
 _V2_DATA_PATH = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
 _V2_VIDEO_PATH = "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
@@ -33,8 +33,6 @@ _V3_DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 _V3_VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 
 _TEMPLATE = re.compile(r"([^{}]|\{\w+(:\d{0,2}d?)?\})*")
-
-UNREADABLE = (SourceError, OSError, ValueError, pa.ArrowException)  # what opening and reading a parquet file raises
 
 
 @dataclass(frozen=True)
@@ -126,25 +124,6 @@ def read_metadata(path: Path) -> LeRobotMetadata:
         raise UserError(f"{root}: lists no episodes in meta/ and holds no tables in data/; nothing can be read.")
     _check_totals(metadata, info)
     return metadata
-
-
-def open_table(path: Path) -> pq.ParquetFile:
-    """One of UNREADABLE where there is no parquet file."""
-    check_file(path)
-    return pq.ParquetFile(path)
-
-
-def read_columns(
-    path: Path, parquet: pq.ParquetFile, columns: Sequence[str], row_groups: Sequence[int] | None = None
-) -> pa.Table:
-    """One of UNREADABLE where that cannot be done, or takes too much memory."""
-    metadata = parquet.metadata
-    groups = list(range(metadata.num_row_groups) if row_groups is None else row_groups)
-    stored = [metadata.row_group(group).column(i) for group in groups for i in range(metadata.num_columns)]
-    wanted = [one for one in stored if any(f"{one.path_in_schema}.".startswith(f"{name}.") for name in columns)]
-    num_bytes = sum(max(8 * one.num_values, one.total_uncompressed_size) for one in wanted)
-    check_size(num_bytes, path, f"its {', '.join(columns)}")
-    return parquet.read_row_groups(groups, columns=list(columns), use_threads=False)
 
 
 def is_video(feature: dict[str, Any]) -> bool:
@@ -429,10 +408,6 @@ def _required_count(value: Any) -> int:
 def _seconds(value: Any) -> float | None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if is_number else None
-
-
-def first_line(error: Exception) -> str:
-    return (error.detail if isinstance(error, SourceError) else str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _frames_before(rows: list[dict[str, Any]], cameras: dict[str, str]) -> dict[tuple[str, int], int]:

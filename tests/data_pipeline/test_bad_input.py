@@ -321,6 +321,14 @@ def test_tables_that_are_larger_than_their_file(tmp_path: Path, monkeypatch: pyt
     assert reasons(root) == {"missing_column": 1} or not reasons(root).get("unexpected_error")
 
 
+def test_a_list_of_episodes_that_is_larger_than_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MAX_BYTES", 20 * MB)
+    root = write_lerobot_v3(tmp_path, lengths=(8,))
+    write_table(root / "meta/episodes/chunk-000/file-001.parquet", {"episode_index": [0] * 4_000_000})
+    with pytest.raises(UserError, match=r"\(its episode_index would take 0\.0298 GB of memory"):
+        doctor(root)
+
+
 def framed(data: bytes, length: int) -> bytes:
     header = struct.pack("<Q", length)
     return header + struct.pack("<I", masked_crc32c(header)) + data + struct.pack("<I", masked_crc32c(data))
