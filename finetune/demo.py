@@ -52,11 +52,16 @@ class DemoConfig(StrictConfig):
 
 
 # What `quick` adds to the commands.
+QUICK_TRAINING = (
+    " num_steps=4 checkpoint_every=2 validate_every=2 validation_batches=1 log_every=1 loader.global_batch_size=8"
+)
 QUICK = {
-    "record": " episodes=3 action_free.noisy_episodes=1 action_free.random_episodes=1",
-    "pretrain": " num_steps=12 checkpoint_every=6 validate_every=6 log_every=2",
-    "finetune": " num_steps=12 checkpoint_every=6 validate_every=6 log_every=2",
-    "behaviour_cloning": " steps=12",
+    "record": " episodes=1 action_free.noisy_episodes=1 action_free.random_episodes=1 action_free.num_steps=24",
+    "pretrain": QUICK_TRAINING,
+    "imagine": " max_clips=8 num_draws=1",
+    "rollout": " num_clips=2 num_draws=1",
+    "finetune": QUICK_TRAINING,
+    "behaviour_cloning": " steps=4 batch_size=8",
     "evaluate": " closed_loop.episodes=1 closed_loop.max_steps=24 open_loop.max_clips=8",
 }
 

@@ -10,11 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import matplotlib
-
-matplotlib.use("svg")  # before pyplot: no display is needed
-import matplotlib.pyplot as plt
 import yaml
+from matplotlib.figure import Figure
 
 from data_pipeline.dataset import read_info
 
@@ -109,7 +106,8 @@ def loss_curve(metrics: Path) -> dict[str, str]:
     """Training (smoothed over a twentieth of the run) and validation loss parts over steps, as an SVG."""
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     parts = sorted({key for row in rows for key in row if key.startswith("loss/")})
-    figure, axes = plt.subplots(1, len(parts), figsize=(4.6 * len(parts), 2.9), squeeze=False)
+    figure = Figure(figsize=(4.6 * len(parts), 2.9))
+    axes = figure.subplots(1, len(parts), squeeze=False)
     for axis, part in zip(axes[0], parts, strict=True):
         train = [(row["step"], row[part]) for row in rows if row["split"] == "train" and part in row]
         held_out = [(row["step"], row[part]) for row in rows if row["split"] == "validation" and part in row]
@@ -129,7 +127,6 @@ def loss_curve(metrics: Path) -> dict[str, str]:
     figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", transparent=False, metadata={"Date": None})
-    plt.close(figure)
     uri = "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
     return {"name": metrics.parent.name, "image": uri}
 

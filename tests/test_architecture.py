@@ -36,7 +36,7 @@ ONLY_IN = {
 }
 
 # Importing these takes seconds. Commands answer a mistake before, and the many processes that cut clips do without.
-SLOW = {"torch", "ray", "transformers", "diffusers", "matplotlib"}
+SLOW = {"torch", "ray", "transformers", "diffusers"}
 STARTS_FAST = (
     "configs.loader",
     "data_pipeline.build",
@@ -44,6 +44,8 @@ STARTS_FAST = (
     "data_pipeline.doctor",
     "data_pipeline.preview",
     "data_pipeline.verify",
+    "finetune.demo",
+    "finetune.record",
 )
 
 # Whoever unpickles a file runs the file.

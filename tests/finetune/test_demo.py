@@ -66,7 +66,7 @@ def test_meta_world_from_recording_to_report(tmp_path: Path):
 @pytest.mark.slow
 def test_ones_own_lerobot_dataset(tmp_path: Path):
     data, folder = tmp_path / "my robot", tmp_path / "demo"
-    recordings.write_lerobot_v3(data, lengths=(60,) * 5)
+    recordings.write_lerobot_v3(data, lengths=(30,) * 3)
     results = check(folder, demo(f"data={data}", f"folder={folder}"))
     assert {"policy", "blind"} <= results["action_error"].keys()
     assert "success" not in results
