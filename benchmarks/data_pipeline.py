@@ -1,6 +1,6 @@
 """What curating video costs, beside what it must cost.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.data_pipeline [--data PATH ...] [--parts floor decode workers memory]
+    OMP_NUM_THREADS=1 python -m benchmarks.data_pipeline [--data PATH ...] [--parts floor decode workers memory starts]
 
 floor    our curation of recordings (decode, scale, score, encode, pack) over the same clips decoded, scaled and encoded
          by the ffmpeg command (where it is not installed: by PyAV, doing just that), one process each; beside it our
@@ -8,6 +8,7 @@ floor    our curation of recordings (decode, scale, score, encode, pack) over th
 decode   frames decoded per second of one core, to RGB: ours, plain PyAV, and torchcodec where it is installed
 workers  two worker processes over one
 memory   the peak of a process that probes, decodes and cuts an hour of 1080p
+starts   three builds of one episode in one session of Ray, the first from the start of its process on
 
 Alternatives are timed in turn, A B A B …; printed are medians, and the median of the pairwise ratios. CPU seconds are
 those of the processes that do the work: other jobs on the machine count for neither side, wall seconds they do disturb.
@@ -30,6 +31,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+import psutil
 
 from data_pipeline.build_config import BuildConfig
 from data_pipeline.curate.episode import CuratePlan, curate_episode
@@ -366,15 +368,55 @@ def _cut_job(path: Path, size: int) -> tuple[float, float]:
     )
 
 
+# --- starts ----------------------------------------------------------------------------------------------------------
+
+
+def starts(paths: list[Path], repeats: int) -> None:
+    """What a build costs that has next to nothing to do. CPU seconds are those of all processes, Ray's own included."""
+    say("starts: builds of one episode to 64x64 by two workers, in one session")
+    for path in paths:
+        runs = []
+        for _ in range(repeats):
+            with multiprocessing.get_context("spawn").Pool(1) as pool:  # a process that has imported nothing
+                runs.append(pool.apply(_build_job, (path, time.time())))
+        for number, name in enumerate(("cold", "second", "third")):
+            wall, cpu = (statistics.median(run[number][which] for run in runs) for which in (0, 1))
+            say(f"  {path.name:28} {name:7} {wall:6.1f} s wall {cpu:6.1f} s CPU")
+
+
+def _build_job(path: Path, started: float) -> list[tuple[float, float]]:
+    from data_pipeline import ray_job
+    from data_pipeline.build import main as build
+
+    source = {"kind": detect_kind(path), "path": path, "max_episodes": 1}
+    timings, cpu = [], 0.0
+    with tempfile.TemporaryDirectory() as folder, ray_job.ray_session(None, num_workers=2, object_store_mb=128):
+        for number in range(3):
+            out = Path(folder) / str(number)
+            build(BuildConfig.model_validate({"sources": {"benchmark": source}, "out": out, "num_workers": 2}))
+            wall, cpu_before, cpu = time.time() - started, cpu, _family_cpu_s()
+            timings.append((wall, cpu - cpu_before))
+            started += wall
+    return timings
+
+
+def _family_cpu_s() -> float:
+    """Of this process and all that it has started and that still run."""
+    process = psutil.Process()
+    times = [one.cpu_times() for one in (process, *process.children(recursive=True))]
+    return sum(one.user + one.system for one in times)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, nargs="+", default=[SHARED / name for name in DEFAULT_SETS])
-    parser.add_argument("--parts", nargs="+", default=["floor", "decode", "workers", "memory"])
+    parser.add_argument("--parts", nargs="+", default=["floor", "decode", "workers", "memory", "starts"])
     parser.add_argument("--size", type=int, default=256, help="height and width of the clips")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--price", type=float, default=0.04, help="of one core for an hour, in any currency")
     options = parser.parse_args()
-    sets = [Set.open(path, options.size) for path in options.data] if options.parts != ["memory"] else []
+    needs_sets = {"floor", "decode", "workers"}.intersection(options.parts)
+    sets = [Set.open(path, options.size) for path in options.data] if needs_sets else []
     if "floor" in options.parts:
         floor(sets, options.repeats, options.price)
     if "decode" in options.parts:
@@ -383,6 +425,8 @@ def main() -> None:
         workers(sets, options.data, options.size, options.repeats)
     if "memory" in options.parts:
         memory(options.size)
+    if "starts" in options.parts:
+        starts(options.data, options.repeats)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ REJECTED = {
 
 
 @pytest.mark.slow
-def test_everything_is_built_or_rejected_by_name(shared_data, tmp_path):
+def test_everything_is_built_or_rejected_by_name(ray, shared_data, tmp_path):
     out = tmp_path / "dataset"
     build.main(load_config(BuildConfig, CONFIG, [f"root={shared_data}", f"out={out}", "num_workers=2"]))
     clips = pq.read_table(out / "manifest.parquet").to_pylist()
