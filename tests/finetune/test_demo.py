@@ -67,7 +67,7 @@ def test_meta_world_from_recording_to_report(tmp_path: Path):
 def test_ones_own_lerobot_dataset(tmp_path: Path):
     data, folder = tmp_path / "my robot", tmp_path / "demo"
     recordings.write_lerobot_v3(data, lengths=(30,) * 3)
-    results = check(folder, demo(f"data={data}", f"folder={folder}"))
+    results = check(folder, demo(f"data={data}", f"folder={folder}", "num_ranks=1"))
     assert {"policy", "blind"} <= results["action_error"].keys()
     assert "success" not in results
 

@@ -193,13 +193,13 @@ def test_an_observation_that_does_not_fit_is_one_sentence(chain: Path):
 
 
 def test_evaluate_and_rollout_look_at_the_pretrained_model(chain: Path, tmp_path: Path):
-    common = [f"checkpoint={chain}/pretrain/export", f"dataset={chain}/dataset"]
-    run("pretrain.evaluate", *common, f"output={tmp_path}/video.json")
+    export, dataset = chain / "pretrain" / "export", chain / "dataset"
+    evaluate(EvaluateConfig(checkpoint=export, dataset=dataset, output=tmp_path / "video.json"))
     figures = json.loads((tmp_path / "video.json").read_text())
     assert figures["num_clips"] >= 2
     assert figures["psnr_copy_last"] == 99.0  # every tiny clip stands still, so copying is perfect
     assert figures["psnr_moving_model"] is None
-    run("pretrain.rollout", *common, f"output={tmp_path}/rollouts", "num_clips=2")
+    rollout(RolloutConfig(checkpoint=export, dataset=dataset, output=tmp_path / "rollouts", num_clips=2))
     assert {path.name for path in (tmp_path / "rollouts").iterdir()} == {"clip_000.mp4", "clip_001.mp4", "strips.png"}
 
 
@@ -239,7 +239,7 @@ def test_other_encoders_are_refused_wherever_a_model_meets_a_dataset(
 
 def test_a_finished_run_starts_again_without_a_step(chain: Path):
     before = (chain / "finetune" / "metrics.jsonl").read_text()
-    run("finetune.train", "--config", str(chain / "finetune.yaml"))
+    finetune(load_config(FinetuneConfig, chain / "finetune.yaml"))
     assert (chain / "finetune" / "metrics.jsonl").read_text() == before
 
 
