@@ -178,6 +178,49 @@ def test_a_dataset_smaller_than_a_batch_repeats_itself(index):
     assert len(counts) == len(index.indices("validation")) and counts.max() - counts.min() <= 1
 
 
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Clips of one frame: they have no actions, and one shard."""
+    folder = tmp_path_factory.mktemp("pictures") / "dataset"
+    return DatasetIndex(tiny_dataset(folder, (3, 2), action_free=(0, 1), num_frames=1, first_episode=70))
+
+
+LARGE = {"global_batch_size": 16}
+
+
+@pytest.mark.parametrize("num_workers", [0, 4])
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_fewer_samples_than_a_batch_and_fewer_shards_than_workers(pictures, world_size, num_workers):
+    """No rank and no worker waits for data of its own: all read parts of batches that are settled."""
+    keys = [
+        [batch["keys"] for batch in take(loader(pictures, rank, world_size, num_workers=num_workers, **LARGE), 3)]
+        for rank in range(world_size)
+    ]
+    for step in range(3):
+        counts = Counter(key for rank in keys for key in rank[step])
+        assert counts.total() == 16 and len(counts) == len(pictures.indices("train")) < 16
+        assert max(counts.values()) - min(counts.values()) <= 1
+
+
+def test_clips_of_one_frame(pictures, mixed):
+    (batch,) = take(loader(pictures), 1)
+    assert batch["latents"].shape == (4, 1, 6, 4, 4) and batch["actions"].shape == (4, 0, 1)
+    assert not batch["has_actions"].any() and batch["proprio"].shape == (4, 1)
+    both = Datasets({"films": mixed, "pictures": pictures})
+    reader = loader(both, mixture={"by": "dataset", "weights": {"films": 1, "pictures": 1}})
+    assert {tuple(batch["latents"].shape[1:]) for batch in take(reader, 6)} == {(1, 6, 4, 4), (2, 6, 4, 4)}
+
+
+def test_a_dataset_or_source_of_which_nothing_is_left(mixed, pictures):
+    both = Datasets({"films": mixed, "pictures": pictures})
+    keys = [key for batch in take(loader(both, only_with_actions=True), 8) for key in batch["keys"]]
+    assert all(key < "key070" for key in keys)
+    with pytest.raises(UserError, match=r"no dataset of split train .* is called 'pictures'.*there are: films\."):
+        loader(both, only_with_actions=True, mixture={"by": "dataset", "weights": {"films": 1, "pictures": 1}})
+    with pytest.raises(UserError, match="split train holds no action-labelled samples"):
+        loader(pictures, only_with_actions=True)
+
+
 # --- content ------------------------------------------------------------------------------------------------------
 
 
