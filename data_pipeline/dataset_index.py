@@ -1,6 +1,7 @@
 """A dataset opened for reading: what it holds, and any sample of it by its place in the manifest."""
 
 import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -156,9 +157,10 @@ class DatasetIndex(DatasetFolder):
 
     @cached_property
     def digest(self) -> str:
-        """Another one where any sample, or the place of any sample, is another: it is read in another order."""
+        """Another one where any sample, its place, or what scales it is another: a run cannot go on over it."""
         names = (self.info.codec.weight_hash, self.info.text_encoder.weight_hash, *self._shards)
         digest = hashlib.sha256("\n".join(names).encode())
+        digest.update(json.dumps(self.norm_stats, sort_keys=True).encode())
         for numbers in (self._shard_of, self._offsets, self._num_bytes):
             digest.update(numbers.astype("<i8").tobytes())
         for chunk in filter(len, self._table["key"].chunks):

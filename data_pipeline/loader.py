@@ -1,65 +1,35 @@
 """Shards -> batches.
 
-Which samples form global batch k is settled on paper (`sample_order`): the number of ranks, of workers and of batches
+Which samples form global batch k is settled on paper (`sample_plan`): the number of ranks, of workers and of batches
 read ahead never enters it. After every batch the loader's cursor says where it stands; a run that stored it goes on
 from there, on any number of ranks that divides the batch. A sample that cannot be used is replaced within its own
 rank's part of the batch, so that nobody else notices.
 """
 
-import json
 import logging
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Annotated
+from collections.abc import Iterator
 
-import numpy as np
-from pydantic import Field, PositiveInt, StringConstraints
+from pydantic import Field, PositiveInt
 from torch.utils.data import DataLoader
 
 from configs.loader import UserError
 
 from .augment import Place
-from .clips import BadSample, Batch, ClipConfig, MixedClips, collate_part
-from .dataset import Split
-from .dataset_index import DatasetIndex
+from .clips import BadSample, Batch, MixedClips, collate_part
 from .datasets import Datasets
-from .mixture import MixtureConfig, check_names, group_samples, named_samples, step_without_samples
-from .sample_order import Cursor, SampleOrder, ShuffleConfig, Stream, Weight
-from .storage import Address, StorageConfig
+from .sample_order import Cursor
+from .sample_plan import PlanConfig, SamplePlan, check_ranks, check_same_order, plan_samples
 
 logger = logging.getLogger(__name__)
 
 MIN_READ_TO_STOP = 1000
 """Samples read before the share of bad ones says anything about those still to come."""
 
-DatasetName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
 
-
-class LoaderConfig(ClipConfig):
+class LoaderConfig(PlanConfig):
     """How datasets are read in training."""
 
-    dataset: Address | Annotated[dict[DatasetName, Address], Field(min_length=1)] = Field(
-        description="The dataset folder that `data_pipeline.build` wrote, or the s3://, gs://, hf:// or http(s):// "
-        "address of a copy; several as {name: folder, …}."
-    )
-    storage: StorageConfig = StorageConfig()
-    split: Split = "train"
-    global_batch_size: PositiveInt = Field(64, description="Samples per step over all ranks.")
-    latent_cells_per_batch: PositiveInt | None = Field(
-        None,
-        description="Instead of global_batch_size, where clips have several sizes: frames x rows x columns of latents "
-        "per step over all ranks, before the model's patches; each size of clip gets as many samples as fit.",
-    )
-    batch_multiple: PositiveInt = Field(
-        8,
-        description="With latent_cells_per_batch: samples are rounded down to a multiple of this, so that ranks x "
-        "grad_accum_steps divides them; choose it for every number of ranks that the run may go on with.",
-    )
-    seed: int = Field(0, ge=0, description="Of the sample order.")
-    shuffle: ShuffleConfig = ShuffleConfig()
-    mixture: MixtureConfig | None = Field(None, description="null: every sample as often as every other.")
-    only_with_actions: bool = Field(False, description="Leave out action-free clips.")
     num_workers: int = Field(0, ge=0, description="Reading processes per rank; 0: read in the training process.")
     prefetch_factor: PositiveInt = Field(2, description="Batches that each worker reads ahead.")
     max_bad_fraction: float = Field(
@@ -69,138 +39,6 @@ class LoaderConfig(ClipConfig):
         description="Share of the samples read (at least 1000) that may be unusable: each is told, counted, and "
         "replaced by another of its batch; more stop the run. 0: the first one does.",
     )
-
-    @property
-    def addresses(self) -> dict[str, Address]:
-        """The datasets by name; "" is that of one without."""
-        return self.dataset if isinstance(self.dataset, dict) else {"": self.dataset}
-
-
-# --- what is read -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SamplePlan:
-    """The order of samples, where they lie, and what both follow from."""
-
-    order: SampleOrder
-    positions: list[np.ndarray]  # of each stream's samples in the datasets, as they lie in the shards
-    identity: dict[str, str]  # setting -> what it was when the run was started; of a dataset, its digest
-
-
-def plan_samples(datasets: Datasets, config: LoaderConfig, *, may_lack: bool = False) -> SamplePlan | None:
-    """`may_lack`: that the split holds none of what a name in the mixture stands for is no mistake; None: nothing."""
-    samples = {
-        name: dataset.indices(config.split, only_with_actions=config.only_with_actions)
-        for name, dataset in datasets.by_name.items()
-    }
-    if not may_lack and not any(map(len, samples.values())):
-        kind = "action-labelled samples" if config.only_with_actions else "samples"
-        raise UserError(f"{datasets}: split {config.split} holds no {kind}; use another split or dataset.")
-    groups, weights = _groups(datasets, config, samples, may_lack)
-    if step_without_samples(weights) is not None:
-        return None
-    inputs, starts = datasets.inputs(config.inputs).by_name, datasets.starts()
-    streams, positions = [], []
-    for group, members in groups.items():
-        for name, indices in members.items():
-            dataset, bucket = datasets.by_name[name], inputs[name].bucket
-            _check_one_size(dataset)
-            placed = dataset.by_place(indices)
-            stream_name = "/".join(filter(None, (group, name, bucket)))
-            streams.append(Stream(stream_name, group, bucket, dataset.shard_sizes(placed)))
-            positions.append(starts[name] + placed)
-    used = {stream.bucket for stream in streams}
-    sizes = _batch_sizes(config, {one.bucket: one.num_latent_cells for one in inputs.values() if one.bucket in used})
-    order = SampleOrder(streams, weights, sizes, config.seed, config.shuffle)
-    return SamplePlan(order, positions, _identity(datasets, config, sizes))
-
-
-def _groups(
-    datasets: Datasets, config: LoaderConfig, samples: Mapping[str, np.ndarray], may_lack: bool
-) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, Weight]]:
-    """Group -> dataset -> its samples, none of them empty, and the groups' weights."""
-    mixture = config.mixture
-    if mixture is None:
-        members = {name: indices for name, indices in samples.items() if len(indices)}
-        return ({"all": members}, {"all": 1.0}) if members else ({}, {})
-    named = named_samples(datasets, mixture, samples)
-    if not may_lack:
-        check_names(mixture, named, datasets, config.split)
-    groups = group_samples(mixture, named)
-    left_out = [group for group, members in groups.items() if not members]
-    if left_out:
-        logger.info("split %s holds nothing of %s, which is left out there", config.split, ", ".join(left_out))
-    groups = {group: members for group, members in groups.items() if members}
-    return groups, {group: mixture.weights[group] for group in groups}
-
-
-def _check_one_size(dataset: DatasetIndex) -> None:
-    names, numbers = dataset.column("bucket")
-    sizes = [str(names[i]) for i in np.unique(numbers)]
-    if len(sizes) > 1:
-        raise UserError(f"{dataset}: holds several sizes of clips ({', '.join(sizes)}); build one dataset for each.")
-
-
-def _batch_sizes(config: LoaderConfig, cells: Mapping[str, int]) -> dict[str, int]:
-    """Samples of a global batch of each size of clip, which has so many latent cells."""
-    budget, multiple = config.latent_cells_per_batch, config.batch_multiple
-    if budget is None:
-        return dict.fromkeys(cells, config.global_batch_size)
-    largest = max(cells, key=lambda bucket: cells[bucket])
-    if budget < multiple * cells[largest]:
-        raise UserError(
-            f"loader.latent_cells_per_batch={budget} is less than {multiple} clips of {largest}, which have "
-            f"{cells[largest]} latent cells each; set it to at least {multiple * cells[largest]}, or lower "
-            "loader.batch_multiple."
-        )
-    return {bucket: budget // (multiple * size) * multiple for bucket, size in cells.items()}
-
-
-def _identity(datasets: Datasets, config: LoaderConfig, batch_sizes: Mapping[str, int]) -> dict[str, str]:
-    digests = {f"dataset.{name}".rstrip("."): dataset.digest for name, dataset in datasets.by_name.items()}
-    mixture = config.mixture and config.mixture.model_dump_json(exclude_defaults=True)
-    return digests | {
-        "split": config.split,
-        "mixture": str(mixture),
-        "only_with_actions": str(config.only_with_actions),
-        "global_batch_size": json.dumps(batch_sizes),
-        "seed": str(config.seed),
-        "shuffle": config.shuffle.model_dump_json(exclude_defaults=True),
-    }
-
-
-def check_same_order(plan: SamplePlan, datasets: Datasets, cursor: Cursor) -> None:
-    """Refuse to go on from a cursor that counts samples of another order."""
-    if not cursor.order:
-        return
-    for setting in sorted(plan.identity.keys() | cursor.order.keys()):
-        before, now = cursor.order.get(setting), plan.identity.get(setting)
-        if before == now:
-            continue
-        dataset = datasets.by_name.get(setting.removeprefix("dataset").removeprefix("."))
-        if before is None or now is None:
-            change = f"was {'' if now is None else 'not '}there"
-        else:
-            change = f"{dataset} held other samples" if setting.startswith("dataset") else f"was {before}, not {now},"
-        raise UserError(
-            f"loader.{setting}: {change} when this run was started, so that step {cursor.step + 1} would go on in "
-            "another order; put back what was there, or start a new run in another run_dir."
-        )
-
-
-def check_ranks(config: LoaderConfig, batch_sizes: Mapping[str, int], num_ranks: int) -> None:
-    for bucket, size in batch_sizes.items():
-        if size % num_ranks == 0:
-            continue
-        what, next_move = f"global_batch_size={size}", f"choose a multiple of {num_ranks}"
-        if config.latent_cells_per_batch is not None:
-            what = f"{size} clips of {bucket}, which fit into latent_cells_per_batch={config.latent_cells_per_batch},"
-            next_move = f"set loader.batch_multiple to a multiple of {num_ranks}"
-        raise UserError(f"{what} cannot be shared equally by {num_ranks} ranks; {next_move}.")
-
-
-# --- batches ------------------------------------------------------------------------------------------------------
 
 
 class Loader:

@@ -22,9 +22,10 @@ from rich.table import Table
 from configs.loader import StrictConfig, run_command
 
 from .datasets import Datasets
-from .loader import LoaderConfig, SamplePlan, check_ranks, plan_samples
+from .loader import LoaderConfig
 from .mixing_quality import MixingQuality
 from .sample_order import Cursor, GlobalBatch, SampleOrder, Stream
+from .sample_plan import SamplePlan, check_ranks, plan_samples
 
 MAX_BATCHES = 10_000
 

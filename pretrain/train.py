@@ -25,8 +25,9 @@ from torch import nn
 from configs.loader import StrictConfig, UserError, dump_config, run_command
 from data_pipeline.dataset import CODEC, TEXT_ENCODER, DatasetDescription, DatasetFolder, Split
 from data_pipeline.datasets import Datasets
-from data_pipeline.loader import Loader, LoaderConfig, SamplePlan, plan_samples
+from data_pipeline.loader import Loader, LoaderConfig
 from data_pipeline.sample_order import Cursor
+from data_pipeline.sample_plan import SamplePlan, plan_samples
 
 from .checkpoint import CHECKPOINTS, Checkpoints, find_checkpoints
 from .draws import seed_layers

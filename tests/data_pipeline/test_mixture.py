@@ -11,8 +11,9 @@ from pydantic import ValidationError
 
 from configs.loader import UserError
 from data_pipeline.datasets import Datasets
-from data_pipeline.loader import Loader, LoaderConfig, plan_samples
+from data_pipeline.loader import Loader, LoaderConfig
 from data_pipeline.mixture import MixtureConfig, check_names, fits, share_out
+from data_pipeline.sample_plan import plan_samples
 from tests.data_pipeline.tiny_dataset import tiny_dataset
 
 NAMES = ["web/bridge", "web/bridge_v2", "web/droid_100", "lab/bridge", "lab/pots"]

@@ -78,6 +78,12 @@ def test_it_goes_on_to_the_last_digit(run: Callable[..., Path], whole: Path) -> 
     assert rows(run("stopped", 8)) == rows(whole)
 
 
+def test_datasets_may_move(run: Callable[..., Path], whole: Path, folders: dict[str, Path], tmp_path: Path) -> None:
+    run("moving", 4)
+    moved = {name: shutil.copytree(folder, tmp_path / name) for name, folder in folders.items()}
+    assert rows(run("moving", 8, moved)) == rows(whole)
+
+
 def test_it_does_not_go_on_over_another_dataset(
     run: Callable[..., Path], folders: dict[str, Path], tmp_path: Path
 ) -> None:
