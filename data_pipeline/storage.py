@@ -270,6 +270,8 @@ class RemoteFiles:
     def _open_connection(self) -> tuple[Any, str]:
         from fsspec.core import url_to_fs  # takes a while, and local datasets need none of it
 
+        # gcsfs would ask over gRPC what kind of bucket it is, and gRPC's threads do not survive a fork either.
+        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
         try:
             return url_to_fs(self.address)
         except ImportError:
