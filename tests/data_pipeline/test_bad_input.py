@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import av
 import h5py
 import numcodecs
 import numpy as np
@@ -408,6 +409,24 @@ def test_sentences_stay_short_whatever_they_quote(tmp_path: Path) -> None:
         doctor(root)
     assert len(str(caught.value)) < 1000
     assert len(SourceError("bad_record", "a", "x" * 5_000_000).detail) < 1100
+
+
+@pytest.mark.parametrize("has_pictures", [True, False], ids=["encrypted", "sound"])
+def test_a_video_that_nobody_can_see(tmp_path: Path, has_pictures: bool) -> None:
+    """Pictures behind a key, and an MP4 of sound alone."""
+    key = {"encryption_scheme": "cenc-aes-ctr", "encryption_key": "0f" * 16, "encryption_kid": "0e" * 16}
+    with av.open(str(tmp_path / "a.mp4"), "w", options=key if has_pictures else {}) as container:
+        stream: Any = container.add_stream("libx264" if has_pictures else "aac", rate=10 if has_pictures else 44_100)
+        if has_pictures:
+            stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for number, picture in enumerate(numbered_frames(range(30))):
+            frame: Any = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = 44_100, 1024 * number
+            frame = av.VideoFrame.from_ndarray(picture) if has_pictures else frame
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    (bad,) = doctor(tmp_path).unreadable
+    assert bad.reason == ("undecodable_video" if has_pictures else "not_a_video"), bad
 
 
 # --- metadata that means something else ------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """docs/data.md: its reader reads, its table names every format, its YAML loads."""
 
+import os
 import re
 from pathlib import Path
 
@@ -49,14 +50,19 @@ def test_the_reader_reads(tmp_path):
             Image.fromarray(frame).save(folder / f"pictures/{number:06d}.png")
         np.savetxt(folder / "log.csv", np.arange(24).reshape(6, 4) + 100 * episode, delimiter=",")
     source = namespace["PictureLogSource"](namespace["PictureLogConfig"](path=tmp_path, fps=10))
-    assert source.list_episodes() == ["take_0", "take_1"]
-    episode = source.read_episode("take_1")
+    first, second = source.list_episodes()
+    assert (first[:7], second[:7]) == ("take_0_", "take_1_")
+    episode = source.read_episode(second)
     footage = episode.views["main"]
     assert (footage.info().height, footage.info().codec) == (numbered_frames(range(1)).shape[1], "png")
     assert read_numbers(footage.read(footage.positions(np.array([0.0, 0.31]), 10.0))) == [100, 103]
     np.testing.assert_array_equal(episode.actions[1], [106, 107])
     (tmp_path / "take 0/log.csv").write_text("not numbers")
     with pytest.raises(SourceError, match="unreadable_file"):
-        source.read_episode("take_0")
+        source.read_episode(first)
+    (tmp_path / "take 0/log.csv").unlink()
+    os.mkfifo(tmp_path / "take 0/log.csv")
+    with pytest.raises(SourceError, match="not_a_file"):
+        source.read_episode(first)
     with pytest.raises(UserError, match="holds no"):
         namespace["PictureLogSource"](namespace["PictureLogConfig"](path=tmp_path / "x", fps=10)).list_episodes()
