@@ -9,12 +9,15 @@ import argparse
 import json
 import os
 import sys
+import unittest.mock
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from configs.loader import UserError
 from pretrain.checkpoint import Checkpoints
+from pretrain.checkpoint_files import part_file, write_parts
 from pretrain.draws import SampleDraws
 from pretrain.ema import ExponentialMovingAverage
 from pretrain.engine import EngineConfig, OptimizerConfig, create_engine, learning_rate
@@ -100,6 +103,39 @@ def resume(name: str, folder: Path) -> dict[str, Any]:
     return {"rows": rows, "validation": validation}
 
 
+def fail_on_the_last_rank(folder: Path) -> dict[str, Any]:
+    """What every rank is told when the last one's disk is full, and which step each goes on from when that rank alone
+    reads a damaged file.
+    """
+    engine = open_engine("ddp")
+    ema = ExponentialMovingAverage(engine, decay=0.5)
+    checkpoints = Checkpoints(folder, engine, keep_last=5)
+    is_last = engine.rank == engine.world_size - 1
+    for step in (1, 2):
+        checkpoints.save(ema, {"step": step}, texts={})
+    checkpoints.settle(wait_for_it=True)
+
+    def refuse(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with unittest.mock.patch("pretrain.checkpoint.write_parts", refuse if is_last else write_parts):
+        checkpoints.save(ema, {"step": 3}, texts={})
+        try:
+            checkpoints.settle(wait_for_it=True)
+            told = ""
+        except UserError as error:
+            told = str(error)
+    left = sorted(path.name for path in folder.iterdir())
+    engine.barrier()
+    if engine.is_main:  # of two files of parts, the last rank checks the last
+        (folder / "step_00000002" / part_file("weights", engine.world_size - 1)).write_bytes(b"")
+    engine.barrier()
+    state = checkpoints.load(ema)
+    seen = {"told": engine.ranks.gather(told), "left": left, "states": engine.ranks.gather(state)}
+    engine.close()
+    return seen
+
+
 def same_precision(name: str, source: str) -> bool:
     return ("bf16" in name) == ("bf16" in source)
 
@@ -123,5 +159,6 @@ if __name__ == "__main__":
         for source in saved
         if same_precision(name, source)
     }
+    failed = fail_on_the_last_rank(options.folder / f"failing_{world_size}") if options.train else {}
     if torch.distributed.get_rank() == 0:
-        print(json.dumps({"trained": seen, "resumed": resumed, "sequence": sequence}))  # noqa: T201
+        print(json.dumps({"trained": seen, "resumed": resumed, "sequence": sequence, "failed": failed}))  # noqa: T201

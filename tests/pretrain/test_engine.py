@@ -168,6 +168,15 @@ def test_bf16_computes_close_to_fp32_and_keeps_fp32_weights(seen: dict[str, Any]
 
 
 @pytest.mark.slow
+def test_what_goes_wrong_on_one_rank_is_told_on_all(on_two: dict[str, Any]) -> None:
+    full, other = on_two["failed"]["told"][::-1]
+    assert "step_00000003: cannot be written (No space left on device)" in full
+    assert "step_00000003: cannot be written (another rank could not write its part)" in other
+    assert on_two["failed"]["left"] == ["step_00000001", "step_00000002"]
+    assert on_two["failed"]["states"] == [{"step": 1}] * 2
+
+
+@pytest.mark.slow
 def test_ranks_agree_on_a_flag(seen: dict[str, Any]) -> None:
     assert all(observed["any_rank"] == [True, False] for observed in seen.values())
 
