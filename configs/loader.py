@@ -30,7 +30,9 @@ T = TypeVar("T", bound="StrictConfig")
 
 
 class UserError(Exception):
-    """Caused by input; its text is one sentence for the user. Commands print it and exit 2."""
+    """Caused by input; its text is one sentence for the user. Commands print it and exit with its code."""
+
+    exit_code = BAD_INPUT
 
 
 class StrictConfig(BaseModel):
@@ -193,7 +195,7 @@ def run_command(
             sys.stdout.flush()
         sys.exit(code)
     except UserError as error:
-        _exit_with(str(error))
+        _exit_with(str(error), error.exit_code)
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _output_is_closed():
             sys.exit(OUTPUT_CLOSED)
@@ -237,9 +239,9 @@ def _output_is_closed() -> bool:
     return is_closed
 
 
-def _exit_with(sentence: str) -> NoReturn:
+def _exit_with(sentence: str, code: int = BAD_INPUT) -> NoReturn:
     sys.stderr.write(f"error: {' '.join(sentence.split())}\n")
-    sys.exit(BAD_INPUT)
+    sys.exit(code)
 
 
 @dataclass

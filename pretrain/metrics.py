@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -31,16 +31,22 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, resumed_step: int, is_main: bool) -> None:
-        self._file = None
-        if is_main:
-            _truncate(path, resumed_step)
-            self._file = path.open("a", encoding="utf-8")
+        self._path, self._is_main = path, is_main
+        self._file: TextIO | None = None
+        self.rewind(resumed_step)
 
     def write(self, row: Mapping[str, Any] | None) -> None:
         """Appends a row; None, for what could not be measured, writes nothing."""
         if self._file is not None and row is not None:
             self._file.write(json.dumps({key: _finite(value) for key, value in row.items()}, allow_nan=False) + "\n")
             self._file.flush()  # a run that is killed keeps every row it logged
+
+    def rewind(self, step: int) -> None:
+        """Drops the rows after a step that a run goes back to."""
+        if self._is_main:
+            self.close()
+            _truncate(self._path, step)
+            self._file = self._path.open("a", encoding="utf-8")
 
     def close(self) -> None:
         if self._file is not None:

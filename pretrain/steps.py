@@ -26,6 +26,8 @@ class TrainState:
 
     step: int = 0
     skipped_steps: int = 0
+    rewinds: int = 0
+    guard: dict[str, Any] = field(default_factory=dict)  # what the losses to come are compared with
     cursor: dict[str, Any] = field(default_factory=dict)  # of the data; it means the same on any number of ranks
 
 

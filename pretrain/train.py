@@ -13,7 +13,7 @@ holds: a run that was killed and started again takes the very steps that it woul
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -34,7 +34,9 @@ from .draws import seed_layers
 from .ema import ExponentialMovingAverage
 from .engine import Engine, EngineConfig, OptimizerConfig, create_engine, learning_rate
 from .evaluate import check_same_encoders
+from .events import EventLog
 from .exported import MODEL_YAML, WorldModelConfig, load_model_config, load_weights
+from .guards import Guard, GuardConfig
 from .metrics import MetricsLog, Progress, StepTimer
 from .run import (
     EXIT_DONE,
@@ -57,6 +59,7 @@ from .steps import (
     validation_row,
 )
 from .wan_folder import load_wan
+from .watchdog import Watchdog
 from .world_models.observation_space import ObservationSpaceConfig, ObservationSpaceWorldModel, build_world_model
 
 logger = logging.getLogger(__name__)
@@ -80,6 +83,10 @@ class TrainConfig(StrictConfig):
     validate_every: int = Field(500, gt=0, description="steps between losses on the validation split")
     validation_batches: int = Field(4, gt=0, description="global batches of a validation loss, always the same ones")
     log_every: int = Field(10, gt=0, description="steps between rows of metrics.jsonl")
+    guard: GuardConfig = GuardConfig()
+    stuck_after_s: float | None = Field(
+        3600, gt=0, description="without a step, all ranks write their stacks to stacks/ and end; null: they wait"
+    )
 
 
 class PretrainConfig(TrainConfig):
@@ -98,8 +105,9 @@ MAY_CHANGE = frozenset(
     | {"loader.num_workers", "loader.prefetch_factor", "loader.check_sha256", "loader.max_bad_fraction"}
     | {"loader.dataset", "loader.storage"}  # where it lies: what is in it, the cursor sees to
     | {"engine.kind", "engine.zero_stage", "engine.sharding", "engine.sequence_parallel", "engine.grad_accum_steps"}
-    | {"engine.timeout_s", "engine.attention", "engine.compile", "engine.activation_checkpointing"}
+    | {"engine.timeout_s", "stuck_after_s", "engine.attention", "engine.compile", "engine.activation_checkpointing"}
     | {"engine.offload_optimizer", "engine.offload_weights"}
+    | {f"guard.{name}" for name in GuardConfig.model_fields}
 )
 
 
@@ -203,43 +211,56 @@ def train(
         write_settings(config, engine)
     engine.barrier()
     log_start(engine, state, config)
+    guard = Guard(config.guard, state.guard)
     metrics = MetricsLog(config.run_dir / "metrics.jsonl", state.step, engine.is_main)
     progress = Progress(config.num_steps, engine.is_main)
     timer = StepTimer()
     reading = iter(batches)
+    events = EventLog(config.run_dir, engine.rank, state.step, engine.layout)
 
-    while state.step < config.num_steps:
-        step = state.step + 1
-        with timer.waiting_for_data():
-            batch = next(reading)
-        seed_layers(config.seed, step, engine.data_rank)
-        losses = forward_backward(engine, batch, sample_draws(engine, config.seed, step, batch))
-        report = engine.step(learning_rate(config.optimizer, step, config.num_steps))
-        if report.was_applied:
-            ema.update(engine, step)
-        else:
-            state.skipped_steps += 1
-            logger.warning("step %d skipped: its gradients are not finite (%d so far)", step, state.skipped_steps)
-        state.step, state.cursor = step, batches.cursor.model_dump()
-        timer.count_step(num_samples(batch) * engine.data_world_size)
+    with events, Watchdog(config.run_dir, engine.rank, config.stuck_after_s) as watchdog:
+        while state.step < config.num_steps:
+            watchdog.alive()
+            step = events.step = state.step + 1
+            with timer.waiting_for_data():
+                batch = next(reading)
+            seed_layers(config.seed, step, engine.data_rank)
+            losses = forward_backward(engine, batch, sample_draws(engine, config.seed, step, batch))
+            loss = engine.mean_across_ranks({"loss": losses["loss"].item()})["loss"]  # waits for the device
+            report = engine.step(learning_rate(config.optimizer, step, config.num_steps), guard.largest_norm(loss))
+            trouble = guard.review(step, loss, report)
+            if report.was_applied:
+                ema.update(engine, step)
+            state.step, state.cursor = step, batches.cursor.model_dump()
+            state.skipped_steps += not report.was_applied
+            timer.count_step(num_samples(batch) * engine.data_world_size)
+            if trouble is not None:
+                events.trouble(trouble, report.was_applied, batch["keys"])
+                if guard.wants_rewind(trouble):
+                    state = rewind(checkpoints, ema, replace(state, guard=guard.state()), config.guard.max_rewinds)
+                    guard = Guard(config.guard, state.guard)
+                    metrics.rewind(state.step)
+                    events.note("rewound", to_step=state.step)
+                    continue
 
-        # Rows of a step come before its checkpoint: a run resumed there has them.
-        if step % config.log_every == 0:
-            row = train_row(engine, state, losses, report, timer) | data_row(engine, batches)
-            metrics.write(row)
-            progress.show(row)
-        is_last = step == config.num_steps
-        if step % config.validate_every == 0 or is_last:
-            metrics.write(validate(config, engine, ema, open_batches, step))
-            timer.restart()
-        is_stopping = engine.any_rank(stop.requested)
-        if step % config.checkpoint_every == 0 or is_last or is_stopping:
-            checkpoints.save(ema, asdict(state), texts)
-            timer.restart()
-        checkpoints.settle(wait_for_it=is_last or is_stopping)
-        if is_stopping and not is_last:
-            logger.info("stopped on request after step %d; start the same command again to go on", step)
-            return EXIT_STOPPED
+            # Rows of a step come before its checkpoint: a run resumed there has them.
+            if step % config.log_every == 0:
+                row = train_row(engine, state, losses, report, timer) | data_row(engine, batches)
+                metrics.write(row)
+                progress.show(row)
+            is_last = step == config.num_steps
+            if step % config.validate_every == 0 or is_last:
+                metrics.write(validate(config, engine, ema, open_batches, step, watchdog))
+                timer.restart()
+            is_stopping = engine.any_rank(stop.requested)
+            if step % config.checkpoint_every == 0 or is_last or is_stopping:
+                checkpoints.save(ema, asdict(replace(state, guard=guard.state())), texts)
+                timer.restart()
+            checkpoints.settle(wait_for_it=is_last or is_stopping)
+            if is_stopping and not is_last:
+                events.note("stopped_on_request")
+                logger.info("stopped on request after step %d; start the same command again to go on", step)
+                return EXIT_STOPPED
 
     progress.finish()
     checkpoints.export(config.run_dir / "export", texts, export_with)
@@ -250,10 +271,29 @@ def train(
 
 
 def validate(
-    config: TrainConfig, engine: Engine, ema: ExponentialMovingAverage, open_batches: OpenBatches, step: int
+    config: TrainConfig,
+    engine: Engine,
+    ema: ExponentialMovingAverage,
+    open_batches: OpenBatches,
+    step: int,
+    watchdog: Watchdog,
 ) -> dict[str, Any] | None:
-    batches = open_batches("validation", engine.data_rank, engine.data_world_size, Cursor()) or ()
+    batches = watchdog.watched(open_batches("validation", engine.data_rank, engine.data_world_size, Cursor()) or ())
     return validation_row(engine, ema, batches, num_batches=config.validation_batches, seed=config.seed, step=step)
+
+
+def rewind(checkpoints: Checkpoints, ema: ExponentialMovingAverage, state: TrainState, max_rewinds: int) -> TrainState:
+    """Back to the newest checkpoint's weights, while the data goes on; without a checkpoint, the state as it is."""
+    if state.rewinds == max_rewinds:
+        raise UserError(
+            f"Step {state.step} would be the {max_rewinds + 1}th to go back from (guard.max_rewinds={max_rewinds}); "
+            "look at events.jsonl and at the data it names, or lower the learning rate."
+        )
+    checkpoints.settle(wait_for_it=True)
+    stored = checkpoints.load(ema)
+    if stored is None:
+        return state
+    return replace(TrainState(**stored), rewinds=state.rewinds + 1, skipped_steps=state.skipped_steps)
 
 
 def resume(checkpoints: Checkpoints, ema: ExponentialMovingAverage, num_steps: int) -> TrainState:

@@ -1,5 +1,6 @@
 """The accelerate engine: one process, DDP, or FSDP2; the same losses as DeepSpeed's up to rounding."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -49,17 +50,18 @@ class AccelerateEngine(Engine):
         self._accelerator.backward(total)  # divides by the number of micro-batches
         self._micro_step += 1
 
-    def step(self, learning_rate: float) -> StepReport:
+    def step(self, learning_rate: float, largest_norm: float = math.inf) -> StepReport:
         self._expect_whole_step()
         set_learning_rate(self._optimizer, learning_rate)
         # The norm is over all ranks' gradients, so that all of them see the same number and skip together.
         norm: Any = nn.utils.clip_grad_norm_(self.module.parameters(), self.max_grad_norm)
         grad_norm = float(norm.full_tensor() if self.is_sharded else norm)
-        is_finite = bool(torch.tensor(grad_norm).isfinite())
-        if is_finite:
+        is_finite = math.isfinite(grad_norm)
+        is_applied = is_finite and grad_norm <= largest_norm
+        if is_applied:
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return StepReport(grad_norm if is_finite else float("inf"), is_finite, learning_rate)
+        return StepReport(grad_norm if is_finite else math.inf, is_applied, learning_rate)
 
     # Weights and optimizer states ---------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ engine on any number of ranks takes the step that one process would take on the 
 sequence have the same slice.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -87,7 +88,7 @@ class EngineConfig(StrictConfig):
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimizer update; it is not applied, and changes nothing, where a gradient is not finite."""
+    """One optimizer update; it changes nothing where the gradient's norm is not finite (inf) or larger than allowed."""
 
     grad_norm: float
     was_applied: bool
@@ -170,8 +171,8 @@ class Engine(ABC):
         """Adds the gradients of one micro-batch's mean loss, weighted so that the micro-batches of a step average."""
 
     @abstractmethod
-    def step(self, learning_rate: float) -> StepReport:
-        """Clips the averaged gradients and updates the weights, unless a gradient is not finite."""
+    def step(self, learning_rate: float, largest_norm: float = math.inf) -> StepReport:
+        """Clips the averaged gradients and updates the weights, unless their norm is larger or not finite."""
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

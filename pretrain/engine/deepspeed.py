@@ -9,6 +9,7 @@ weights and states in the optimizer's partitions, and `pretrain.checkpoint` writ
 
 import json
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -40,6 +41,7 @@ class DeepSpeedEngine(Engine):
         self._zero = self._deepspeed.optimizer  # wraps the optimizer, and cuts what it updates into partitions
         self._optimizer = self._zero.optimizer
         self._shards = self._find_shards()
+        self._decline_large_norms()
 
     def forward_loss(self, batch: Mapping[str, Any], draws: SampleDraws) -> LossTerms:
         total, parts = self._deepspeed(self.to_device(batch), draws)
@@ -51,16 +53,31 @@ class DeepSpeedEngine(Engine):
         if self._micro_step < self.grad_accum_steps:
             self._deepspeed.step()  # counts the micro-batch; updates nothing before the last one
 
-    def step(self, learning_rate: float) -> StepReport:
+    def step(self, learning_rate: float, largest_norm: float = math.inf) -> StepReport:
         self._expect_whole_step()
         set_learning_rate(self._deepspeed.optimizer, learning_rate)
+        self._declined_norm, self._largest_norm = math.inf, largest_norm
         self._deepspeed.step()
         # was_step_applied must be asked after every step: DeepSpeed counts a skipped step in its global_steps too.
-        return StepReport(
-            grad_norm=float(self._deepspeed.get_global_grad_norm()),
-            was_applied=self._deepspeed.was_step_applied(),
-            lr=learning_rate,
-        )
+        was_applied = self._deepspeed.was_step_applied()
+        grad_norm = float(self._deepspeed.get_global_grad_norm()) if was_applied else self._declined_norm
+        return StepReport(grad_norm, was_applied, learning_rate)
+
+    def _decline_large_norms(self) -> None:
+        """A step whose norm DeepSpeed believes to be NaN it skips and cleans up after, whatever the ZeRO stage."""
+        name = "scaled_global_norm" if self.zero_stage < 3 else "_get_norm_groups"
+        measure = getattr(self._zero, name)
+
+        def measure_and_decline(*args: Any, **kwargs: Any) -> Any:
+            norms = measure(*args, **kwargs)  # one, or one of each group; what is not finite may come as -1
+            values = [float(norm) for norm in norms] if self.zero_stage == 3 else [float(norms)]
+            norm = math.hypot(*values)
+            if min(values) < 0 or not math.isfinite(norm) or norm <= self._largest_norm:
+                return norms
+            self._declined_norm = norm
+            return [norm * math.nan for norm in norms] if self.zero_stage == 3 else norms * math.nan
+
+        setattr(self._zero, name, measure_and_decline)
 
     @property
     def settings_files(self) -> dict[str, str]:

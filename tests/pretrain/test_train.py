@@ -1,8 +1,8 @@
 """A run that is stopped or killed and started again is the run that was left alone."""
 
 import contextlib
-import functools
 import json
+import math
 import os
 import random
 import runpy
@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -138,20 +138,11 @@ def test_an_empty_validation_split_is_left_out(tmp_path: Path) -> None:
 
 
 def test_skipped_steps_are_counted_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    class WithNan(tiny.TinyBatches):
-        def __iter__(self) -> Iterator[dict[str, Any]]:
-            for number, batch in enumerate(super().__iter__()):
-                if self.split == "train" and number == 2:
-                    batch["latents"][0, 0] = torch.nan
-                yield batch
-
-    open_batches = functools.partial(WithNan, on_step=lambda step: None)
-    with tiny.StopSignal() as stop:
-        tiny.train(tiny.tiny_config(tmp_path, 5), tiny.build_tiny_model(), {}, open_batches, stop)
+    tiny.tiny_run(tiny.tiny_config(tmp_path, 5), scale=lambda batch: math.nan if batch == 2 else 1.0)
     rows = [row for row in curve(tmp_path) if row["split"] == "train"]
     assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 1, 1]
     assert rows[2]["loss"] is None and rows[3]["loss"] is not None
-    assert "step 3 skipped" in caplog.text
+    assert "step 3 was left out: its gradients are not finite" in caplog.text
 
 
 def test_only_fields_that_leave_the_losses_alone_may_change(tmp_path: Path) -> None:

@@ -74,8 +74,16 @@ def whole_weights(engine: Engine) -> dict[str, torch.Tensor]:
 class TinyBatches:
     """Made in memory, from a cursor on."""
 
-    def __init__(self, split: str, rank: int, world_size: int, cursor: Cursor, on_step: Callable[[int], None]) -> None:
-        self.split, self.cursor, self._on_step = split, cursor, on_step
+    def __init__(
+        self,
+        split: str,
+        rank: int,
+        world_size: int,
+        cursor: Cursor,
+        on_step: Callable[[int], None],
+        scale: Callable[[int], float],
+    ) -> None:
+        self.split, self.cursor, self._on_step, self._scale = split, cursor, on_step, scale
         share = BATCH // world_size
         self._part = slice(rank * share, (rank + 1) * share)
         self.bad_samples: Counter[str] = Counter()
@@ -86,7 +94,8 @@ class TinyBatches:
             step = self.cursor.step
             if self.split == "train":
                 self._on_step(step)
-            batch = global_batch(step if self.split == "train" else 10_000 + step)[self._part]
+            batch = global_batch(step) * self._scale(step) if self.split == "train" else global_batch(10_000 + step)
+            batch = batch[self._part]
             self.cursor = Cursor(step=step + 1, consumed={"tiny": BATCH * (step + 1)})
             yield {"latents": batch, "keys": [f"{step}-{i}" for i in range(len(batch))]}
 
@@ -98,8 +107,11 @@ class TinyBatches:
         return {}
 
 
-def tiny_batches(on_step: Callable[[int], None] = lambda step: None) -> Callable[..., TinyBatches]:
-    return functools.partial(TinyBatches, on_step=on_step)
+def tiny_batches(
+    on_step: Callable[[int], None] = lambda step: None, scale: Callable[[int], float] = lambda step: 1.0
+) -> Callable[..., TinyBatches]:
+    """`scale` of a training batch, by its number: for data that is out of line, or not finite."""
+    return functools.partial(TinyBatches, on_step=on_step, scale=scale)
 
 
 def tiny_config(run_dir: Path, num_steps: int, **changes: Any) -> PretrainConfig:
@@ -119,10 +131,15 @@ def tiny_config(run_dir: Path, num_steps: int, **changes: Any) -> PretrainConfig
     return PretrainConfig.model_validate({**settings, **changes})
 
 
-def tiny_run(config: PretrainConfig, on_step: Callable[[int], None] = lambda step: None, **kwargs: Any) -> int:
+def tiny_run(
+    config: PretrainConfig,
+    on_step: Callable[[int], None] = lambda step: None,
+    scale: Callable[[int], float] = lambda step: 1.0,
+    **kwargs: Any,
+) -> int:
     texts = {"model.yaml": dump_config(TinyConfig())}
     with StopSignal() as stop:
-        return train(config, build_tiny_model(), texts, tiny_batches(on_step), stop, **kwargs)
+        return train(config, build_tiny_model(), texts, tiny_batches(on_step, scale), stop, **kwargs)
 
 
 if __name__ == "__main__":
