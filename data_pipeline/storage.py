@@ -251,9 +251,12 @@ class RemoteFiles:
             time.sleep(pause_s * random.uniform(0.5, 1))  # many readers should not come back at the same moment
 
     def _ask(self, filesystem: Any, method: str, path: str, **span: int) -> Any:
-        # fsspec runs its asynchronous clients in a thread and waits for it; the others have timeouts of their own.
-        limit = {"timeout": self.config.timeout_s} if filesystem.async_impl else {}
-        answer = getattr(filesystem, method)(path, **span, **limit)
+        options: dict[str, Any] = dict(span)
+        if filesystem.async_impl:  # fsspec waits for a thread of its own; other clients have their own timeouts
+            options["timeout"] = self.config.timeout_s
+        elif span:  # and read ahead, which is not wanted here
+            options["cache_type"] = "none"
+        answer = getattr(filesystem, method)(path, **options)
         expected = span.get("end", 0) - span.get("start", 0)
         if span and len(answer) != expected:
             raise _RemoteError(

@@ -13,6 +13,7 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
+from fsspec.spec import AbstractBufferedFile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -133,6 +134,36 @@ def test_memory_and_other_clients_without_an_event_loop(folder, config):
         assert_same(batches("memory://dataset", config, 1)[0], batches(folder, number=1)[0])
     finally:
         memory.rm("/dataset", recursive=True)
+
+
+class OpenedFile(AbstractBufferedFile):
+    def _fetch_range(self, start, end):
+        self.fs.asked.append((start, end))
+        return bytes(end - start)
+
+
+class ClientOfFiles(fsspec.AbstractFileSystem):
+    """Reads through open files, as that of the Hugging Face hub does."""
+
+    cachable = False
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def info(self, path):
+        return {"name": path, "size": 10 * BLOCK, "type": "file"}
+
+    def _open(self, path, mode, **options):
+        options.pop("cache_options")
+        return OpenedFile(self, path, mode, size=10 * BLOCK, **options)
+
+
+def test_nothing_is_read_ahead(config, monkeypatch):
+    client = ClientOfFiles()
+    monkeypatch.setattr("fsspec.core.url_to_fs", lambda url: (client, url))
+    assert open_files("hf://datasets/me/set", config).read("a.tar", BLOCK + 5, 10) == bytes(10)
+    assert client.asked == [(BLOCK, 2 * BLOCK)]
 
 
 @pytest.fixture
