@@ -60,6 +60,9 @@ class ClipConfig(InputConfig):
         return InputConfig(**{name: getattr(self, name) for name in InputConfig.model_fields})
 
 
+Request = tuple[int, Place | None]
+"""A sample's position in all datasets, and in training its place in the global order."""
+
 BadSample = tuple[str, str]
 """Reason and sentence of a sample that cannot be used."""
 
@@ -206,7 +209,13 @@ class MixedClips(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self._datasets)
 
-    def __getitems__(self, requests: Sequence[tuple[int, Place | None]]) -> Part | UserError:
+    def announce(self, requests: Sequence[Request]) -> None:
+        """That these will be read soon."""
+        for position, _ in requests:
+            name, position = self._datasets.find(position)
+            self._datasets.by_name[name].announce(position)
+
+    def __getitems__(self, requests: Sequence[Request]) -> Part | UserError:
         """A part of a batch, in which the next good sample stands in for a bad one.
 
         Errors are handed over as values: raised in a worker process, torch would bury their sentence in a traceback.

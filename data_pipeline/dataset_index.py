@@ -112,6 +112,10 @@ class DatasetIndex(DatasetFolder):
     def row(self, i: int) -> dict[str, Any]:
         return self.manifest.slice(int(i), 1).to_pylist()[0]
 
+    def announce(self, i: int) -> None:
+        """That sample i will be read soon."""
+        self.files.announce(self._shards[self._shard_of[i]], int(self._offsets[i]), int(self._num_bytes[i]))
+
     def read_sample(self, i: int, *, check_sha256: bool = False) -> dict[str, Any]:
         """The members of sample i: `__key__`, and bytes by suffix (see `sample.py`)."""
         shard = self._shards[self._shard_of[i]]

@@ -10,13 +10,12 @@ import logging
 from collections import Counter, deque
 from collections.abc import Iterator
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 from torch.utils.data import DataLoader
 
 from configs.loader import UserError
 
-from .augment import Place
-from .clips import BadSample, Batch, MixedClips, collate_part
+from .clips import BadSample, Batch, MixedClips, Request, collate_part
 from .datasets import Datasets
 from .sample_order import Cursor
 from .sample_plan import PlanConfig, SamplePlan, check_ranks, check_same_order, plan_samples
@@ -32,6 +31,9 @@ class LoaderConfig(PlanConfig):
 
     num_workers: int = Field(0, ge=0, description="Reading processes per rank; 0: read in the training process.")
     prefetch_factor: PositiveInt = Field(2, description="Batches that each worker reads ahead.")
+    announced_batches: NonNegativeInt = Field(
+        4, description="Batches before they are read that a local disk is told of them, so that it fetches all at once."
+    )
     max_bad_fraction: float = Field(
         0.0,
         ge=0,
@@ -120,18 +122,30 @@ class _Parts:
     def __init__(self, loader: Loader, ahead: deque[Cursor]) -> None:
         self._loader, self._ahead = loader, ahead
 
-    def __iter__(self) -> Iterator[list[tuple[int, Place | None]]]:
+    def __iter__(self) -> Iterator[list[Request]]:
+        announced: deque[tuple[list[Request], Cursor]] = deque()
+        for part, cursor in self._drawn():
+            announced.append((part, cursor))
+            if len(announced) > self._loader.config.announced_batches:
+                part, cursor = announced.popleft()
+                self._ahead.append(cursor)
+                yield part
+
+    def _drawn(self) -> Iterator[tuple[list[Request], Cursor]]:
+        """Parts, of which the disk has been told, and the cursors behind them."""
         loader, config, cursor = self._loader, self._loader.config, self._loader.cursor
         while True:
             step = cursor.step
             batch, cursor = loader.order.draw(cursor)
-            self._ahead.append(cursor)
             part = batch.part(loader.rank, loader.world_size)
             first_row = loader.rank * len(part.sample)
-            yield [
+            requests: list[Request] = [
                 (
                     int(loader._positions[stream][sample]),
                     (config.seed, step, first_row + row) if config.split == "train" else None,
                 )
                 for row, (stream, sample) in enumerate(zip(part.stream, part.sample, strict=True))
             ]
+            if config.announced_batches:
+                loader.clips.announce(requests)
+            yield requests, cursor

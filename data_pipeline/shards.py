@@ -244,6 +244,12 @@ class ShardReader:
             raise ShardError(f"ends at byte {size}, but this sample should reach to byte {end}", "truncated_shard")
         return data
 
+    def announce(self, shard: str, offset: int, num_bytes: int) -> None:
+        """That these bytes will be read soon: the disk fetches them meanwhile, many such ranges at once."""
+        # Errors are told when they are read; macOS has no such call.
+        with suppress(ShardError, OSError, AttributeError):
+            os.posix_fadvise(self._file(shard), offset, num_bytes, os.POSIX_FADV_WILLNEED)
+
     def size(self, shard: str) -> int:
         return os.fstat(self._file(shard)).st_size
 

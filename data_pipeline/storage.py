@@ -76,6 +76,10 @@ class DatasetFiles(Protocol):
 
     def size(self, name: str) -> int: ...
 
+    def announce(self, name: str, offset: int, num_bytes: int) -> None:
+        """That these bytes will be read soon, for whom it helps to know."""
+        ...
+
     def read(self, name: str, offset: int, num_bytes: int) -> bytes:
         """ShardError where the file is missing, ends before, or cannot be read."""
         ...
@@ -150,6 +154,9 @@ class RemoteFiles:
 
     def size(self, name: str) -> int:
         return self._file(name).size
+
+    def announce(self, name: str, offset: int, num_bytes: int) -> None:
+        """Nothing: whole blocks are fetched, by as many workers as there are."""
 
     def read(self, name: str, offset: int, num_bytes: int) -> bytes:
         file, end, size = self._file(name), offset + num_bytes, self.config.block_size

@@ -102,7 +102,8 @@ class PretrainConfig(TrainConfig):
 MAY_CHANGE = frozenset(
     {"run_dir", "num_steps", "checkpoint_every", "keep_last", "keep_every"}
     | {"validate_every", "validation_batches", "log_every"}
-    | {"loader.num_workers", "loader.prefetch_factor", "loader.check_sha256", "loader.max_bad_fraction"}
+    | {"loader.num_workers", "loader.prefetch_factor", "loader.announced_batches"}
+    | {"loader.check_sha256", "loader.max_bad_fraction"}
     | {"loader.dataset", "loader.storage"}  # where it lies: what is in it, the cursor sees to
     | {"engine.kind", "engine.zero_stage", "engine.sharding", "engine.sequence_parallel", "engine.grad_accum_steps"}
     | {"engine.timeout_s", "stuck_after_s", "engine.attention", "engine.compile", "engine.activation_checkpointing"}

@@ -1,6 +1,7 @@
 """Batches: the same samples for any number of ranks and workers, every sample once per epoch, errors that say where."""
 
 import json
+import os
 import shutil
 from collections import Counter
 from itertools import islice
@@ -100,6 +101,28 @@ def test_the_cursor_does_not_run_ahead_with_the_workers(mixed):
     reader = loader(mixed, num_workers=2, prefetch_factor=4)
     for number, _ in zip(range(1, 6), reader, strict=False):
         assert reader.cursor.step == number and reader.cursor.consumed == {"all/16x16x5": 4 * number}
+
+
+@pytest.mark.parametrize("announced_batches", [0, 3])
+def test_the_disk_is_told_of_batches_before_they_are_read(mixed, monkeypatch, announced_batches):
+    read, announced = [], []
+    pread = os.pread
+
+    def note_read(file, num_bytes, offset):
+        read.append((num_bytes, offset, len(announced)))
+        return pread(file, num_bytes, offset)
+
+    monkeypatch.setattr(os, "pread", note_read)
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, offset, length, advice: announced.append((length, offset)))
+    take(loader(mixed, announced_batches=announced_batches), 5)
+    if announced_batches:
+        assert [(num_bytes, offset) for num_bytes, offset, _ in read] == announced[: len(read)]
+        # Batch k is read when batch k + 3 has been announced.
+        assert [known for *_, known in read] == [
+            4 * (batch + 1 + announced_batches) for batch in range(5) for _ in range(4)
+        ]
+    else:
+        assert not announced and len(read) == 20
 
 
 def test_batches_of_several_datasets_have_one_size_each(two):
