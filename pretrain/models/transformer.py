@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +37,8 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(width, inner)
         self.to_v = nn.Linear(width, inner)
         self.to_out = nn.ModuleList([nn.Linear(inner, width)])  # a list because diffusers' has dropout as item 1
-        self.norm_q = nn.RMSNorm(inner, eps=eps)
-        self.norm_k = nn.RMSNorm(inner, eps=eps)
+        self.norm_q = FP32RMSNorm(inner, eps=eps)
+        self.norm_k = FP32RMSNorm(inner, eps=eps)
 
     def queries(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n h e"]:
         return self.norm_q(self.to_q(x)).unflatten(2, (self.heads, -1))
@@ -146,6 +146,34 @@ class FP32LayerNorm(nn.LayerNorm):
         weight = None if self.weight is None else self.weight.float()
         bias = None if self.bias is None else self.bias.float()
         return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).type_as(x)
+
+
+class FP32RMSNorm(nn.RMSNorm):
+    """RMSNorm computed in float32, with a backward pass written out: in eager torch it takes half of the time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return super().forward(x)
+        return cast(Tensor, _RMSNorm.apply(x, self.weight, self.eps))
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).mul_(weight).type_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        grad, normed = grad.float(), x.float() * scale
+        grad_weight = (grad * normed).flatten(0, -2).sum(0)
+        grad = grad * weight
+        along = torch.linalg.vecdot(grad, normed)[..., None] / x.shape[-1]
+        return grad.addcmul_(normed, along, value=-1).mul_(scale).type_as(x), grad_weight.type_as(weight), None
 
 
 def per_row(x: Float[Tensor, "b n d"], factor: Modulation) -> Float[Tensor, "b n d"]:

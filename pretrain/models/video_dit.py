@@ -80,11 +80,15 @@ class ConditionEmbedder(nn.Module):
     def time(
         self, flow_time: Float[Tensor, "b m"], added: Float[Tensor, "b m d"] | None = None
     ) -> tuple[Float[Tensor, "b m d"], Float[Tensor, "b m 6 d"]]:
-        """Embedding and modulation rows of flow times; `added` (actions, say) joins the embedding before both."""
-        embedding = self.time_embedder(sinusoids(flow_time * TIMESTEPS_PER_FLOW_TIME, self.freq_dim))
-        if added is not None:
-            embedding = embedding + added
-        return embedding, self.time_proj(F.silu(embedding)).unflatten(2, (6, -1))
+        """Embedding and modulation rows of flow times; `added` (actions, say) joins the embedding before both.
+
+        In float32 whatever runs around it, as in Wan's release: bf16 cannot tell one timestep of 1000 from the next.
+        """
+        with torch.autocast(flow_time.device.type, enabled=False):
+            embedding = self.time_embedder(sinusoids(flow_time * TIMESTEPS_PER_FLOW_TIME, self.freq_dim))
+            if added is not None:
+                embedding = embedding + added.float()
+            return embedding, self.time_proj(F.silu(embedding)).unflatten(2, (6, -1))
 
 
 class VideoDiT(SplitsSequence):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
+from pretrain.models.transformer import FP32RMSNorm
 from pretrain.models.video_dit import VideoDiT, VideoDiTConfig
 
 SIZES = dict(
@@ -75,3 +76,32 @@ def test_a_new_model_predicts_zero():
     model = VideoDiT(VideoDiTConfig(**SIZES))
     out = model(torch.randn(1, 16, 2, 4, 4), torch.tensor([500.0]), torch.randn(1, 3, 32))
     assert out.abs().max() == 0
+
+
+def test_time_embeddings_are_float32_under_autocast():
+    torch.manual_seed(0)
+    model = VideoDiT(VideoDiTConfig(**SIZES))
+    flow_time, actions = torch.tensor([[0.5, 0.5005]]), torch.randn(1, 2, 48)
+    expected = model.condition_embedder.time(flow_time, actions)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.condition_embedder.time(flow_time, actions)
+    for value, exact in zip(found, expected, strict=True):
+        assert value.dtype == torch.float32 and torch.equal(value, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_and_its_gradients_are_torchs(dtype):
+    torch.manual_seed(0)
+    ours, torchs = FP32RMSNorm(24, eps=1e-6), torch.nn.RMSNorm(24, eps=1e-6)
+    torch.nn.init.normal_(ours.weight)
+    torchs.load_state_dict(ours.state_dict())
+    x, grad = torch.randn(2, 5, 24).to(dtype), torch.randn(2, 5, 24).to(dtype)
+    results = []
+    for norm, wide in ((ours, x), (torchs, x.float())):
+        leaf = wide.clone().requires_grad_()
+        out = norm(leaf)
+        results.append([out, *torch.autograd.grad(out, [leaf, norm.weight], grad.to(out.dtype))])
+    assert [value.dtype for value in results[0]] == [dtype, dtype, torch.float32]
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for found, exact in zip(*results, strict=True):
+        torch.testing.assert_close(found.float(), exact, atol=tolerance, rtol=tolerance)
