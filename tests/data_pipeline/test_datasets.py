@@ -4,13 +4,15 @@ import json
 import re
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.loader import UserError
-from data_pipeline.dataset import DatasetFolder
+from data_pipeline.dataset import MANIFEST_SCHEMA, DatasetFolder
 from data_pipeline.dataset_index import DatasetIndex
 from data_pipeline.datasets import Datasets
 from data_pipeline.loader import Loader, LoaderConfig
@@ -206,6 +208,11 @@ def test_the_digest_changes_with_samples_and_places_only(folders, tmp_path):
         folders["barn"],
     ]
     assert len({lab.digest, *(DatasetIndex(other).digest for other in others)}) == 4
+    for name, value in (("key", lab.key(0)[:-1] + "x"), ("offset", 512)):  # of the first sample, and nothing else
+        rows = lab.manifest.to_pylist()
+        rows[0][name] = value
+        pq.write_table(pa.Table.from_pylist(rows, MANIFEST_SCHEMA), same / "manifest.parquet")
+        assert DatasetIndex(same).digest != lab.digest
 
 
 def test_a_run_does_not_go_on_in_another_order(folders, tmp_path):
