@@ -116,7 +116,7 @@ def _groups(
 
 def _check_one_size(dataset: DatasetIndex) -> None:
     names, numbers = dataset.column("bucket")
-    sizes = [str(names[i]) for i in np.unique(numbers)]
+    sizes = [str(names[i]) for i in np.flatnonzero(np.bincount(numbers))]
     if len(sizes) > 1:
         raise UserError(f"{dataset}: holds several sizes of clips ({', '.join(sizes)}); build one dataset for each.")
 
