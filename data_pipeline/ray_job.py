@@ -181,4 +181,5 @@ class _GpuHolder:
 
 
 _TASK: Any = ray.remote(num_cpus=1, max_retries=-1)(_work_on_row)
-_GPU_HOLDER: Any = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=-1)(_GpuHolder)
+# Its GPU is what it waits for: if it waited for a CPU too, fewer CPUs than GPUs would leave its row waiting for ever.
+_GPU_HOLDER: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_GpuHolder)

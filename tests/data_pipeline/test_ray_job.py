@@ -82,6 +82,8 @@ def test_who_holds_a_gpu_gives_it_back():
         wait_until_gone(pid)
     again = list(ray_job.map_rows(ROWS, make_counter, 2, gpus_each=1))  # it would wait for ever
     assert len(again) == 6 and not pids(again) & pids(rows)
+    shared = list(ray_job.map_rows(ROWS, make_counter, 4, gpus_each=0.5))  # more processes than this Ray has CPUs
+    assert len(shared) == 6 and len(pids(shared)) == 4
 
 
 @pytest.mark.parametrize("gpus_each", [0, 1])
