@@ -136,8 +136,14 @@ def fail_on_the_last_rank(folder: Path) -> dict[str, Any]:
     return seen
 
 
-def same_precision(name: str, source: str) -> bool:
-    return ("bf16" in name) == ("bf16" in source)
+def is_tried(name: str, source: str, world_size: int) -> bool:
+    """Of what was saved on as many ranks: each engine's own and zero1's on each, and all on ddp; else all layouts'."""
+    writer, _, num_ranks = source.rpartition("_on_")
+    if "bf16" in name or "bf16" in writer:
+        return name == writer
+    if int(num_ranks) != world_size:
+        return writer in ("zero1", "zero3", "fsdp2")
+    return writer in (name, "zero1") or name == "ddp"
 
 
 if __name__ == "__main__":
@@ -157,7 +163,7 @@ if __name__ == "__main__":
         f"{source} on {name}": resume(name, options.folder / source)
         for name in options.resume
         for source in saved
-        if same_precision(name, source)
+        if is_tried(name, source, world_size)
     }
     failed = fail_on_the_last_rank(options.folder / f"failing_{world_size}") if options.train else {}
     if torch.distributed.get_rank() == 0:
