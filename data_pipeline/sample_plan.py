@@ -5,12 +5,12 @@ A run that goes on finds the same order, or is refused.
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
 
 import numpy as np
-from pydantic import Field, PositiveInt, StringConstraints
+from pydantic import Field, PositiveInt, field_validator
 
 from configs.loader import UserError
 
@@ -24,13 +24,13 @@ from .storage import Address, StorageConfig
 
 logger = logging.getLogger(__name__)
 
-DatasetName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
+DATASET_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 class PlanConfig(ClipConfig):
     """Which samples of which datasets form the global batches."""
 
-    dataset: Address | Annotated[dict[DatasetName, Address], Field(min_length=1)] = Field(
+    dataset: Address | dict[str, Address] = Field(
         description="The dataset folder that `data_pipeline.build` wrote, or the s3://, gs://, hf:// or http(s):// "
         "address of a copy; several as {name: folder, …}."
     )
@@ -51,6 +51,16 @@ class PlanConfig(ClipConfig):
     shuffle: ShuffleConfig = ShuffleConfig()
     mixture: MixtureConfig | None = Field(None, description="null: every sample as often as every other.")
     only_with_actions: bool = Field(False, description="Leave out action-free clips.")
+
+    @field_validator("dataset")
+    @classmethod
+    def _has_names(cls, dataset: Address | dict[str, Address]) -> Address | dict[str, Address]:
+        if dataset == {}:
+            raise ValueError("names no dataset; write a folder, or {name: folder, …}")
+        for name in dataset if isinstance(dataset, dict) else ():
+            if not DATASET_NAME.fullmatch(name):
+                raise ValueError(f"has the name {name!r}; letters, digits, _ and - only")
+        return dataset
 
     @property
     def addresses(self) -> dict[str, Address]:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from configs.loader import UserError
+from configs.loader import UserError, load_config
 from data_pipeline.datasets import Datasets
 from data_pipeline.loader import Loader, LoaderConfig
 from data_pipeline.mixture import MixtureConfig, check_names, fits, share_out
@@ -110,6 +110,12 @@ def test_one_folder_has_no_name(datasets):
 def test_settings_that_make_no_sense(datasets, changes):
     with pytest.raises(ValidationError):
         LoaderConfig(**{"dataset": "x", **changes})
+
+
+def test_names_of_datasets_are_refused_in_words():
+    for dataset, message in (("{}", "names no dataset; write a folder"), ("{a/b: x}", "has the name 'a/b'; letters")):
+        with pytest.raises(UserError, match=f"^command line: dataset {message}"):
+            load_config(LoaderConfig, None, [f"dataset={dataset}"])
 
 
 def test_the_home_folder_of_several():
