@@ -42,6 +42,8 @@ class SampleDraws:
         self._places = range(len(self._generators)) if places is None else places
         self._global_batch = GlobalBatch((0,), len(self._generators)) if global_batch is None else global_batch
         self._num_shared = 0  # draws so far that depend on the whole global batch
+        self.flow_time: Float[Tensor, "b"] | None = None
+        """Where it is given, no law is asked for one: see `at`."""
 
     @classmethod
     def seeded(
@@ -65,6 +67,13 @@ class SampleDraws:
         """The draws of some of the samples, as a list's slice."""
         draws = SampleDraws(self._generators[part], self._places[part], self._global_batch)
         draws._num_shared = self._num_shared
+        draws.flow_time = None if self.flow_time is None else self.flow_time[part]
+        return draws
+
+    def at(self, flow_time: Float[Tensor, "b"]) -> SampleDraws:
+        """The same draws, at flow times that are given, whatever law training draws them from."""
+        draws = self[:]
+        draws.flow_time = flow_time
         return draws
 
     def normal(self, *shape: int) -> Float[Tensor, "b *shape"]:

@@ -56,7 +56,12 @@ class FlowTimeConfig(StrictConfig):
 
 
 def sample_flow_time(config: FlowTimeConfig, draws: SampleDraws, num_tokens: int | None = None) -> Float[Tensor, "b"]:
-    """A flow time per sample; `num_tokens`, the noised tokens of one, is needed where the shift depends on it."""
+    """A flow time per sample; `num_tokens`, the noised tokens of one, is needed where the shift depends on it.
+
+    Draws whose flow times are given have those, whatever the law.
+    """
+    if draws.flow_time is not None:
+        return draws.flow_time
     pure, special = config.pure_noise_share, config.pure_noise_share + config.high_noise_share
     if config.stratified:
         chance = draws.stratified()
@@ -110,6 +115,11 @@ def add_noise(data: Tensor, noise: Tensor, flow_time: Tensor) -> Tensor:
 
 def training_target(data: Tensor, noise: Tensor, prediction: Prediction) -> Tensor:
     return noise - data if prediction == "velocity" else data
+
+
+def errors_by_sample(output: Float[Tensor, "b *d"], target: Float[Tensor, "b *d"]) -> Float[Tensor, "b"]:
+    """Each sample's mean squared error, without a gradient."""
+    return (output.detach().float() - target).square().flatten(1).mean(1)
 
 
 def to_velocity(output: Tensor, noised: Tensor, flow_time: Tensor, prediction: Prediction) -> Tensor:

@@ -1,7 +1,7 @@
 """What a training loop does in a step, besides the engine's part: shared by pretraining and fine-tuning."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,7 +14,6 @@ from data_pipeline.shards import SHARD_PROBLEMS
 from data_pipeline.storage import TRAFFIC
 
 from .draws import SampleDraws, Stream
-from .ema import ExponentialMovingAverage
 from .engine import Engine, StepReport
 from .metrics import StepTimer, peak_memory
 from .world_models.base import Batch
@@ -123,23 +122,3 @@ def data_row(engine: Engine, batches: Batches) -> dict[str, Any]:
         **{f"epoch/{source}": round(epoch, 4) for source, epoch in batches.epochs().items()},
         **{name: round(mean * num_readers[name]) for name, mean in means.items() if mean},
     }
-
-
-def validation_row(
-    engine: Engine, ema: ExponentialMovingAverage, batches: Iterable[Batch], *, num_batches: int, seed: int, step: int
-) -> dict[str, Any] | None:
-    """Losses of the averaged weights on the first `num_batches`, with the same noise every time. Collective.
-
-    None where there are no batches: not every dataset has a validation split.
-    """
-    losses: dict[str, list[float]] = defaultdict(list)
-    with ema.swap_in(engine), engine.evaluating():
-        for number, batch in zip(range(num_batches), batches, strict=False):
-            terms = engine.forward_loss(batch, sample_draws(engine, seed, number, batch, "validation"))
-            losses["loss"].append(terms.total.item())
-            for name, part in terms.parts.items():
-                losses[f"loss/{name}"].append(part.item())
-    if not losses:
-        return None
-    means = engine.mean_across_ranks({name: sum(values) / len(values) for name, values in losses.items()})
-    return {"step": step, "split": "validation", **means}

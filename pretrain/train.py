@@ -56,8 +56,8 @@ from .steps import (
     num_samples,
     sample_draws,
     train_row,
-    validation_row,
 )
+from .validation import validation_row
 from .wan_folder import load_wan
 from .watchdog import Watchdog
 from .world_models.observation_space import ObservationSpaceConfig, ObservationSpaceWorldModel, build_world_model

@@ -118,7 +118,8 @@ class JointVideoAction(nn.Module):
         squared = (action_pred.float() - action_target).square()
         action_loss = (squared * counted).sum() / counted.sum().clamp_min(1)
         total = config.video_loss_weight * video_loss + action_loss
-        return LossTerms(total, {"video": video_loss.detach(), "action": action_loss.detach()})
+        by_sample = {} if self.training else {"video": flow_matching.errors_by_sample(video_pred, video_target)}
+        return LossTerms(total, {"video": video_loss.detach(), "action": action_loss.detach()}, by_sample)
 
     def _denoise_all(
         self,

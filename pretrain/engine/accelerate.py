@@ -43,8 +43,7 @@ class AccelerateEngine(Engine):
         elif isinstance(self._model, nn.parallel.DistributedDataParallel):
             self._model.require_backward_grad_sync = is_last
         with self._accelerator.autocast():
-            total, parts = self._model(self.to_device(batch), draws)
-        return LossTerms(total, parts)
+            return LossTerms(*self._model(self.to_device(batch), draws))
 
     def backward(self, total: Tensor) -> None:
         self._accelerator.backward(total)  # divides by the number of micro-batches

@@ -102,9 +102,11 @@ class LossModule(nn.Module):
         super().__init__()
         self.model: Any = model
 
-    def forward(self, batch: Mapping[str, Any], draws: SampleDraws) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, batch: Mapping[str, Any], draws: SampleDraws
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         terms = self.model.loss(batch, draws)
-        return terms.total, terms.parts
+        return terms.total, terms.parts, dict(terms.by_sample)
 
 
 class Engine(ABC):

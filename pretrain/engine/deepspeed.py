@@ -44,8 +44,7 @@ class DeepSpeedEngine(Engine):
         self._decline_large_norms()
 
     def forward_loss(self, batch: Mapping[str, Any], draws: SampleDraws) -> LossTerms:
-        total, parts = self._deepspeed(self.to_device(batch), draws)
-        return LossTerms(total, parts)
+        return LossTerms(*self._deepspeed(self.to_device(batch), draws))
 
     def backward(self, total: Tensor) -> None:
         self._deepspeed.backward(total)  # divides by the number of micro-batches

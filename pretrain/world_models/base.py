@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from jaxtyping import Float, UInt8
@@ -20,6 +21,8 @@ class LossTerms:
 
     total: Tensor
     parts: dict[str, Tensor]
+    by_sample: Mapping[str, Tensor] = field(default_factory=dict)
+    """In evaluation mode, `[b]`: parts of which each sample has its own, at its own flow time."""
 
 
 class WorldModel(Protocol):

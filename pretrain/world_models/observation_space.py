@@ -217,7 +217,8 @@ class ObservationSpaceWorldModel(nn.Module):
         output = self.read_future(tokens[-1], embedding, data)
         target = flow_matching.training_target(data, noise, self.config.prediction)
         loss = F.mse_loss(output.float(), target)
-        return LossTerms(loss, {"video": loss.detach()})
+        by_sample = {} if self.training else {"video": flow_matching.errors_by_sample(output, target)}
+        return LossTerms(loss, {"video": loss.detach()}, by_sample)
 
     @torch.no_grad()
     def predict(

@@ -1,0 +1,78 @@
+"""What is measured on held-out clips while a run goes on, with the averaged weights and the same noise every time."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .draws import SampleDraws
+from .ema import ExponentialMovingAverage
+from .engine import Engine
+from .steps import sample_draws
+from .world_models.base import Batch
+
+NUM_BANDS = 4
+"""Of flow time: where in the denoising a model is good, and where it is not."""
+
+
+class FlowTimeBands:
+    """Losses of single samples, in equal bands of their flow times."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts = torch.zeros(NUM_BANDS, dtype=torch.float64)
+
+    def add(self, by_sample: Mapping[str, Tensor], flow_time: Tensor) -> None:
+        band = (flow_time.double().cpu() * NUM_BANDS).long().clamp_max(NUM_BANDS - 1)
+        self._counts.index_add_(0, band, torch.ones(len(band), dtype=torch.float64))
+        for name, values in by_sample.items():
+            sums = self._sums.setdefault(name, torch.zeros(NUM_BANDS, dtype=torch.float64))
+            sums.index_add_(0, band, values.double().cpu())
+
+    def means(self, engine: Engine) -> dict[str, float]:
+        """`loss/<part>/flow_time_<from>-<to>` over the samples of all ranks, without empty bands. Collective."""
+        counts = {f"{band}": count for band, count in enumerate(self._counts.tolist())}
+        sums = {f"{name}@{band}": total for name, of in self._sums.items() for band, total in enumerate(of.tolist())}
+        means = engine.mean_across_ranks({**counts, **sums})
+        return {
+            f"loss/{name}/flow_time_{_limits(band)}": means[f"{name}@{band}"] / count
+            for name in self._sums
+            for band in range(NUM_BANDS)
+            if (count := means[f"{band}"])
+        }
+
+
+def _limits(band: int) -> str:
+    return f"{band / NUM_BANDS:.2f}-{(band + 1) / NUM_BANDS:.2f}"
+
+
+def validation_row(
+    engine: Engine, ema: ExponentialMovingAverage, batches: Iterable[Batch], *, num_batches: int, seed: int, step: int
+) -> dict[str, Any] | None:
+    """Losses of the averaged weights on the first `num_batches`, with the same noise every time. Collective.
+
+    None where there are no batches: not every dataset has a validation split. The loss is that of training; where the
+    model knows the losses of single samples, each batch is computed once more at flow times that cover all alike.
+    """
+    losses: dict[str, list[float]] = defaultdict(list)
+    bands = FlowTimeBands()
+    with ema.swap_in(engine), engine.evaluating():
+        for number, batch in zip(range(num_batches), batches, strict=False):
+            terms = engine.forward_loss(batch, _draws(engine, seed, number, batch))
+            losses["loss"].append(terms.total.item())
+            for name, part in terms.parts.items():
+                losses[f"loss/{name}"].append(part.item())
+            if terms.by_sample:
+                draws = _draws(engine, seed, number, batch)
+                flow_time = draws.stratified()
+                bands.add(engine.forward_loss(batch, draws.at(flow_time)).by_sample, flow_time)
+    if not losses:
+        return None
+    means = engine.mean_across_ranks({name: sum(values) / len(values) for name, values in losses.items()})
+    return {"step": step, "split": "validation", **means, **bands.means(engine)}
+
+
+def _draws(engine: Engine, seed: int, number: int, batch: Batch) -> SampleDraws:
+    return sample_draws(engine, seed, number, batch, "validation")
