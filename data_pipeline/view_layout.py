@@ -92,6 +92,10 @@ class LaidOutCodec:
     def __init__(self, codec: VideoCodec, layout: ViewLayout) -> None:
         self.codec, self.layout = codec, layout
 
+    @property
+    def spatial_stride(self) -> int:
+        return self.codec.spatial_stride
+
     def to(self, device: torch.device | str) -> Self:
         self.codec.to(device)
         return self

@@ -11,6 +11,7 @@ import os
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,7 +83,7 @@ def _finite(value: Any) -> Any:
 
 
 class StepTimer:
-    """Time per step, samples per second and the share of time spent waiting for data, since it was last read."""
+    """Time per step, samples and work per second and the share of time spent waiting for data, since last read."""
 
     def __init__(self) -> None:
         self.restart()
@@ -93,6 +94,7 @@ class StepTimer:
         self._waited_s = 0.0
         self._steps = 0
         self._samples = 0
+        self._work: Counter[str] = Counter()
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
@@ -100,9 +102,11 @@ class StepTimer:
         yield
         self._waited_s += time.perf_counter() - start
 
-    def count_step(self, num_samples: int) -> None:
+    def count_step(self, num_samples: int, work: Mapping[str, int] | None = None) -> None:
+        """`work`: how much of what all ranks did in the step, such as tokens."""
         self._steps += 1
         self._samples += num_samples
+        self._work.update(work or {})
 
     def read(self) -> dict[str, float]:
         elapsed_s = time.perf_counter() - self._since
@@ -110,6 +114,7 @@ class StepTimer:
             "step_s": elapsed_s / max(1, self._steps),
             "samples_per_s": self._samples / elapsed_s,
             "data_wait_share": self._waited_s / elapsed_s,
+            **{f"{what}_per_s": amount / elapsed_s for what, amount in self._work.items()},
         }
         self.restart()
         return row

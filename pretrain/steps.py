@@ -15,8 +15,9 @@ from data_pipeline.storage import TRAFFIC
 
 from .draws import SampleDraws, Stream
 from .engine import Engine, StepReport
+from .flops import peak_flops
 from .metrics import StepTimer, peak_memory
-from .world_models.base import Batch
+from .world_models.base import Batch, CountsWork
 
 
 @dataclass
@@ -92,11 +93,42 @@ def split_batch(batch: Batch, num_parts: int) -> Iterator[Batch]:
         yield {name: rows[start : start + size] for name, rows in batch.items()}
 
 
+def step_work(engine: Engine, batch: Batch) -> dict[str, int]:
+    """Tokens and FLOPs of a step on all ranks, of which this batch is one's part; nothing where the model counts none.
+
+    A step's batches are of one size on all ranks.
+    """
+    if not isinstance(engine.module, CountsWork):
+        return {}
+    tokens, flops = engine.module.work(batch, engine.activation_checkpointing)
+    work = {"tokens": tokens, "model_flops": flops.model, "hardware_flops": flops.hardware}
+    return {what: amount * num_samples(batch) * engine.data_world_size for what, amount in work.items()}
+
+
+def utilization(speed: Mapping[str, float], num_devices: int, peak: float | None) -> dict[str, float]:
+    """FLOPs per second as a person reads them: of one device, and as shares of its peak where that is known.
+
+    MFU counts what the mathematics needs, HFU also what is computed again.
+    """
+    if "model_flops_per_s" not in speed:
+        return {}
+    of_one = {name: speed[f"{name}_flops_per_s"] / num_devices for name in ("model", "hardware")}
+    shares = {} if peak is None else {"mfu": of_one["model"] / peak, "hfu": of_one["hardware"] / peak}
+    return {"model_tflops_per_device": of_one["model"] / 1e12, **shares}
+
+
+def _peak(engine: Engine) -> float | None:
+    """The table's peaks are those of bf16."""
+    is_known = engine.device.type == "cuda" and engine.precision == "bf16"
+    return peak_flops(torch.cuda.get_device_name(engine.device)) if is_known else None
+
+
 def train_row(
     engine: Engine, state: TrainState, losses: dict[str, Tensor], report: StepReport, timer: StepTimer
 ) -> dict[str, Any]:
     """This very step's losses, averaged over ranks, and how fast the steps since the last row were. Collective."""
     values = engine.mean_across_ranks({name: loss.item() for name, loss in losses.items()})  # waits for the device
+    speed = timer.read()
     return {
         "step": state.step,
         "split": "train",
@@ -104,7 +136,8 @@ def train_row(
         "lr": report.lr,
         "grad_norm": report.grad_norm,
         "skipped_steps": state.skipped_steps,
-        **timer.read(),
+        **speed,
+        **utilization(speed, engine.world_size, _peak(engine)),
         **peak_memory(),
     }
 

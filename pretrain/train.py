@@ -55,6 +55,7 @@ from .steps import (
     forward_backward,
     num_samples,
     sample_draws,
+    step_work,
     train_row,
 )
 from .validation import validation_row
@@ -234,7 +235,7 @@ def train(
                 ema.update(engine, step)
             state.step, state.cursor = step, batches.cursor.model_dump()
             state.skipped_steps += not report.was_applied
-            timer.count_step(num_samples(batch) * engine.data_world_size)
+            timer.count_step(num_samples(batch) * engine.data_world_size, step_work(engine, batch))
             if trouble is not None:
                 events.trouble(trouble, report.was_applied, batch["keys"])
                 if guard.wants_rewind(trouble):

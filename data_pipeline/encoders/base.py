@@ -14,6 +14,9 @@ from torch import Tensor
 class PixelCodec(Protocol):
     """What a model needs of a codec: pixels to latents and back, on the device that it was moved to."""
 
+    @property
+    def spatial_stride(self) -> int: ...
+
     def to(self, device: torch.device | str) -> Self: ...
 
     def encode(self, video: UInt8[Tensor, "b f h w 3"]) -> Float[Tensor, "b t c hl wl"]: ...
@@ -32,9 +35,6 @@ class VideoCodec(PixelCodec, Protocol):
 
     @property
     def temporal_stride(self) -> int: ...
-
-    @property
-    def spatial_stride(self) -> int: ...
 
     @property
     def latent_channels(self) -> int: ...

@@ -126,6 +126,7 @@ class Engine(ABC):
         self.grad_accum_steps = config.grad_accum_steps
         self.module = module.to(self.device)
         self.sequence_parallel = config.sequence_parallel
+        self.activation_checkpointing = config.activation_checkpointing
         self.attention = resolve_attention(config.attention, self.precision, self.ranks)
         set_execution(module, Execution(self.attention, config.activation_checkpointing, config.compile))
         split_sequence(module, self.ranks, self.sequence_parallel, config.timeout_s)

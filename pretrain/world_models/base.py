@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from ..draws import SampleDraws
+from ..flops import Flops
+from ..models.execution import Checkpointing
 
 Batch = dict[str, Any]
 """What `data_pipeline.loader.Loader` yields: latents, text_tokens, actions, proprio, has_actions, action_is_valid."""
@@ -23,6 +25,15 @@ class LossTerms:
     parts: dict[str, Tensor]
     by_sample: Mapping[str, Tensor] = field(default_factory=dict)
     """In evaluation mode, `[b]`: parts of which each sample has its own, at its own flow time."""
+
+
+@runtime_checkable
+class CountsWork(Protocol):
+    """A model that knows what training on a clip of a batch costs; all clips of a batch have one size."""
+
+    def work(self, batch: Batch, checkpointing: Checkpointing) -> tuple[int, Flops]:
+        """Tokens and FLOPs of one clip."""
+        ...
 
 
 class WorldModel(Protocol):

@@ -23,7 +23,9 @@ from data_pipeline.encoder_config import TEMPORAL_STRIDE
 
 from .. import flow_matching
 from ..draws import SampleDraws
+from ..flops import Flops, training_flops, world_model_tokens
 from ..flow_matching import FlowTimeConfig, Prediction
+from ..models.execution import Checkpointing
 from ..models.token_groups import Rule, TokenGroup, Visibility
 from ..models.transformer import KeyValueCache, run_experts
 from ..models.video_dit import VIDEO_EXPERT, TwoLayers, VideoDiT, VideoDiTConfig
@@ -185,6 +187,24 @@ class ObservationSpaceWorldModel(nn.Module):
 
     def num_tokens(self, latents: Float[Tensor, "b t c h w"]) -> int:
         return math.prod(self.video.grid((latents.shape[1], *latents.shape[3:])))
+
+    def work(self, batch: Batch, checkpointing: Checkpointing) -> tuple[int, Flops]:
+        """Tokens and training FLOPs of one clip, counted with `context_latent_frames` where their number is drawn."""
+        if "latents" in batch:
+            frames, _, height, width = batch["latents"].shape[1:]
+        else:
+            frames, height, width, _ = batch["video"].shape[1:]
+            codec = self._codec()
+            frames, height, width = (
+                1 + (frames - 1) // TEMPORAL_STRIDE, height // codec.spatial_stride, width // codec.spatial_stride
+            )  # fmt: skip
+        counts = world_model_tokens(
+            self.config.video,
+            (frames, height, width),
+            batch["text_tokens"].shape[1],
+            self.config.context_latent_frames,
+        )
+        return counts.tokens, training_flops(self.config.video, counts, checkpointing)
 
     # The protocol -------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from data_pipeline.encoders import EmbeddedCodec
+from data_pipeline.view_layout import LaidOutCodec, ViewLayout
 from pretrain.draws import SampleDraws
 from pretrain.flops import TokenCounts, peak_flops, training_flops, world_model_tokens
 from pretrain.models.execution import Execution, set_execution
@@ -45,6 +47,20 @@ def test_a_training_step_of_a_world_model():
     flops = training_flops(SIZES, counts, fused_attention=False)
     # the context's tokens leave the last layer unused: its backward pass there is counted, though not computed
     assert 0 <= flops.hardware + actions - counter.get_total_flops() < 0.15 * flops.hardware
+
+
+def test_a_world_model_counts_its_work_from_latents_and_from_video():
+    codec = EmbeddedCodec(torch.rand(192), torch.rand(192, 4), 1.0, patch=4)
+    config = ObservationSpaceConfig(video=SIZES, action_dim=2, actions_per_latent=4, residual_std=1.0)
+    model = ObservationSpaceWorldModel(config, codec)
+    text = torch.zeros(2, 5, 8)
+    counts = world_model_tokens(SIZES, (3, 8, 6), text=5)
+    expected = (3 * 12, training_flops(SIZES, counts, "full"))
+    assert model.work({"latents": torch.zeros(2, 3, 4, 8, 6), "text_tokens": text}, "full") == expected
+    video = {"video": torch.zeros(2, 9, 32, 24, 3), "text_tokens": text}
+    assert model.work(video, "full") == expected
+    stacked = LaidOutCodec(codec, ViewLayout("stack_height", ("left", "right"), ((16, 24), (16, 24))))
+    assert ObservationSpaceWorldModel(config, stacked).work(video, "full") == expected
 
 
 def test_planning_arithmetic_of_the_survey():

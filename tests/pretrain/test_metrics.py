@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.loader import UserError
+from pretrain.flops import peak_flops
 from pretrain.metrics import MetricsLog, Progress, StepTimer, peak_memory, read_metrics
+from pretrain.steps import utilization
 
 
 @given(value=st.floats(allow_nan=False, allow_infinity=False))
@@ -64,6 +66,27 @@ def test_timer_measures_steps_and_waiting() -> None:
     assert row["step_s"] >= 0.02
     assert row["samples_per_s"] == pytest.approx(10 / row["step_s"])
     assert 0.5 < row["data_wait_share"] <= 1
+
+
+def test_work_per_second_is_that_of_all_steps() -> None:
+    timer = StepTimer()
+    timer.count_step(4, {"tokens": 100, "model_flops": 10**15})
+    timer.count_step(4, {"tokens": 300, "model_flops": 3 * 10**15})
+    row = timer.read()
+    assert row["tokens_per_s"] == pytest.approx(200 / row["step_s"])
+    assert row["model_flops_per_s"] == pytest.approx(2e15 / row["step_s"])
+    timer.count_step(4)  # of a model that counts no work
+    assert "tokens_per_s" not in timer.read()
+
+
+def test_utilization_is_a_share_of_the_peak_of_all_devices() -> None:
+    speed = {"model_flops_per_s": 4 * 400e12, "hardware_flops_per_s": 4 * 500e12}
+    peak = peak_flops("NVIDIA H200")
+    assert utilization(speed, 4, peak) == pytest.approx(
+        {"model_tflops_per_device": 400, "mfu": 400 / 989, "hfu": 500 / 989}
+    )
+    assert utilization(speed, 4, None) == {"model_tflops_per_device": 400}
+    assert utilization({}, 4, peak) == {}
 
 
 def test_peak_memory_is_in_gigabytes() -> None:

@@ -22,7 +22,8 @@ DUCK = Embodiment(name="duck", action_names=("yaw",), proprio_names=(), control_
 HIGH = {"front": ViewConfig(height=24, width=16)}
 VIDEO = {"patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 6,
          "out_channels": 6, "text_dim": 8, "freq_dim": 16, "ffn_dim": 32, "num_layers": 2}  # fmt: skip
-TIMINGS = {"step_s", "samples_per_s", "data_wait_share", "peak_memory_gb"}
+TIMINGS = {"step_s", "samples_per_s", "data_wait_share", "peak_memory_gb", "model_tflops_per_device"}
+TIMINGS |= {"tokens_per_s", "model_flops_per_s", "hardware_flops_per_s"}
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,17 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
         {key: value for key, value in row.items() if key not in TIMINGS}
         for row in read_metrics(run_dir / "metrics.jsonl")
     ]
+
+
+def test_work_and_losses_by_flow_time_are_measured(whole: Path) -> None:
+    train, validation = (
+        [row for row in read_metrics(whole / "metrics.jsonl") if row["split"] == split]
+        for split in ("train", "validation")
+    )
+    assert all(0 < row["model_flops_per_s"] < row["hardware_flops_per_s"] for row in train)
+    assert all(row["tokens_per_s"] > row["samples_per_s"] for row in train)
+    bands = {key for key in validation[-1] if key.startswith("loss/video/flow_time_")}
+    assert len(bands) == 4 and all(validation[-1][band] > 0 for band in bands)
 
 
 def test_both_sizes_are_trained_on_and_counted(whole: Path) -> None:
