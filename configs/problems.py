@@ -36,7 +36,9 @@ def explain(
     """One sentence for the first problem (an unknown key first: it often explains a missing one), and how many more."""
     problems: dict[str, list[Any]] = {}
     for details in sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden"):
-        problems.setdefault(_dotted_key(details["loc"], data), []).append(details)
+        problems.setdefault(_dotted_key(details, data), []).append(details)
+    for key in [key for key in problems if any(other.startswith(f"{key}.") for other in problems)]:
+        del problems[key]  # of what may be this or that: what is wrong inside tells more than that it is not the other
     key, same_place = next(iter(problems.items()))
     is_override = any(name == key or name.startswith(f"{key}.") or key.startswith(f"{name}.") for name in overridden)
     where = "command line" if is_override or path is None else str(path)
@@ -55,8 +57,9 @@ def explain(
     return f"{sentence.rstrip('.')}{more}" + ("" if sentence.endswith("?") and not more else ".")
 
 
-def _dotted_key(location: Sequence[str | int], data: Any) -> str:
+def _dotted_key(details: Any, data: Any) -> str:
     """pydantic's location without the union tags that it mixes in: what is in the data, and perhaps a missing leaf."""
+    location, may_lack = details["loc"], details["type"] in ("missing", "invalid_key")
     parts: list[str] = []
     for depth, part in enumerate(location):
         is_key = isinstance(data, dict) and part in data
@@ -64,7 +67,7 @@ def _dotted_key(location: Sequence[str | int], data: Any) -> str:
         if is_key or is_index:
             parts.append(str(part))
             data = data[part]
-        elif depth == len(location) - 1 and isinstance(data, list if isinstance(part, int) else dict):
+        elif may_lack and depth == len(location) - 1 and isinstance(data, list if isinstance(part, int) else dict):
             parts.append(str(part))
     return ".".join(parts)
 
@@ -107,7 +110,7 @@ def _wrong_kind(config_class: type[BaseModel], details: Any) -> str:
 def _reason(details: Any) -> str:
     """pydantic's message as the end of our sentence."""
     message = str(details["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    message = re.sub(r"^Input (should|tag|is)", lambda match: match.group(1), message)
+    message = re.sub(r"^(?:Input|String|Dictionary) (should|tag|is)", lambda match: match.group(1), message)
     if details["type"] in ("path_type", "bool_type", "bool_parsing"):
         return "should be a path" if details["type"] == "path_type" else "should be true or false"
     if details["type"] in ("tuple_type", "list_type"):

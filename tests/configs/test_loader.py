@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, NonNegativeInt, ValidationError, model_validator
 
 from configs.loader import StrictConfig, UserError, dump_config, load_config, run_command
 
@@ -50,6 +50,8 @@ class RunConfig(StrictConfig):
     optimizer: OptimizerConfig = OptimizerConfig(weight_decay=0.5)
     sources: tuple[Annotated[FolderSource | RobotSource, Field(discriminator="kind")], ...] = ()
     views: dict[str, ViewConfig] = {}
+    folders: Path | Annotated[dict[Annotated[str, Field(pattern="^[a-z]+$")], Path], Field(min_length=1)] = Path("x")
+    shares: dict[str, float | dict[NonNegativeInt, float]] = {}
     instruction: str | None = None
 
     @model_validator(mode="after")
@@ -194,6 +196,12 @@ def test_missing_key(write):
         ("1: a", ['unknown key "1"', "the keys are dataset"]),
         ("json: maybe", ["json is 'maybe', but should be true or false"]),
         ("sources: [{kind: robot, path: 3}]", ["sources.0.path is 3, but should be a path"]),
+        ("folders: {a/b: x}", [": folders.a/b is 'a/b', but should match pattern '^[a-z]+$'."]),
+        ("folders: {a: null}", [": folders.a is empty, but should be a path."]),
+        ("folders: {}", [": folders should be a path or needs at least 1."]),
+        ("folders: 5", [": folders is 5, but should be a path or should be a valid dictionary."]),
+        ("shares: {a: {-5: 1}}", [": shares.a.-5 is -5, but should be greater than or equal to 0."]),
+        ("shares: {a: {5: x}}", [": shares.a.5 is 'x', but should be a valid number"]),
         ("run_name: forbidden", ["run_name may not be forbidden; choose another"]),
     ],
 )
