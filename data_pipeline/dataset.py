@@ -196,9 +196,10 @@ def read_info(dataset: Path, address: Address | None = None) -> DatasetInfo:
     where = f"{address}/{DATASET_YAML}"
     try:
         record = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         if not dataset.is_dir():
-            raise UserError(f"{address}: no such folder; give the `out` folder of a finished build.") from None
+            problem = "is no folder" if dataset.exists() else "no such folder"
+            raise UserError(f"{address}: {problem}; give the `out` folder of a finished build.") from None
         raise UserError(
             f"{address}: holds no {DATASET_YAML}, so it is not a dataset; give the `out` folder of a finished build "
             "(`python -m data_pipeline.build --help`)."
@@ -307,6 +308,7 @@ class DatasetFolder(DatasetDescription):
         super().__init__(read_info(self.path, self.address), read_norm_stats(self.path, self.address))
         for robot in self.info.embodiments.values():
             self._check_stats(robot)
+        self._check_latent_stats()
 
     def __str__(self) -> str:
         return str(self.address)
@@ -314,13 +316,24 @@ class DatasetFolder(DatasetDescription):
     def _check_stats(self, robot: Embodiment) -> None:
         stats = self._stats_of(robot.name)
         found = tuple(
-            0 if stats[what] is None else len(stats[what]["mean"]) for what in ("actions_absolute", "proprio")
+            0 if stats[what] is None else len(stats[what]["mean"])
+            for what in ("actions_absolute", "actions_relative", "proprio")
         )
-        if found != (robot.action_dim, robot.proprio_dim):
+        if found != (robot.action_dim, robot.action_dim, robot.proprio_dim):
             raise UserError(
-                f"{self.path / NORM_STATS}: has {found[0]} action and {found[1]} proprio values of {robot.name}, but "
-                f"{DATASET_YAML} describes {robot.action_dim} and {robot.proprio_dim}; restore both files."
+                f"{self.address}/{NORM_STATS}: has {found[0]} absolute and {found[1]} relative action and {found[2]} "
+                f"proprio values of {robot.name}, but {DATASET_YAML} describes {robot.action_dim} of actions and "
+                f"{robot.proprio_dim} of proprio; restore both files."
             )
+
+    def _check_latent_stats(self) -> None:
+        channels = self.info.codec.latent_channels
+        for name, values in self.norm_stats["latents"].items():
+            if len(values) != channels:
+                raise UserError(
+                    f"{self.address}/{NORM_STATS}: latents.{name} has {len(values)} values, but {DATASET_YAML} says "
+                    f"codec.latent_channels={channels}; restore both files."
+                )
 
     @property
     def num_frames(self) -> int:

@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, field_validator
+from pydantic import Field, NonNegativeInt, field_validator
 
 from configs.loader import StrictConfig, UserError
 from configs.problems import suggest
@@ -13,7 +13,8 @@ from configs.problems import suggest
 from .datasets import Datasets
 from .sample_order import Weight, weight_at
 
-WeightSetting = NonNegativeFloat | Annotated[dict[NonNegativeInt, NonNegativeFloat], Field(min_length=1)]
+Share = Annotated[float, Field(ge=0, le=1e9)]  # bounded, so that their sum is a number
+WeightSetting = Share | Annotated[dict[NonNegativeInt, Share], Field(min_length=1)]
 
 
 class MixtureConfig(StrictConfig):

@@ -234,13 +234,13 @@ class ShardReader:
         self._files: OrderedDict[str, int] = OrderedDict()
 
     def read(self, shard: str, offset: int, num_bytes: int) -> bytes:
+        size, end = self.size(shard), offset + num_bytes
         try:
-            data = os.pread(self._file(shard), num_bytes, offset)
+            # No more than there is: memory is taken before anything is read, and the manifest may promise any size.
+            data = os.pread(self._file(shard), max(0, min(end, size) - offset), offset)
         except OSError as error:
             raise ShardError(f"cannot be read ({error.strerror})", "unreadable_shard") from error
         if len(data) < num_bytes:
-            size = os.fstat(self._file(shard)).st_size
-            end = offset + num_bytes
             raise ShardError(f"ends at byte {size}, but this sample should reach to byte {end}", "truncated_shard")
         return data
 

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import random
+import re
 import secrets
 import time
 from collections import Counter
@@ -96,7 +97,15 @@ class LocalFiles(ShardReader):
 
 
 def open_files(address: Address, config: StorageConfig) -> DatasetFiles:
-    return LocalFiles(address) if isinstance(address, Path) else RemoteFiles(address, config)
+    if not isinstance(address, Path):
+        return RemoteFiles(address, config)
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:(/|$)", str(address)) and not address.exists():
+        protocol, _, rest = str(address).partition(":")
+        raise UserError(
+            f"{address}: is neither a folder nor an address; write {protocol.lower()}://"
+            f"{rest.lstrip('/') or 'HOST/FOLDER'}, or give a local folder."
+        )
+    return LocalFiles(address)
 
 
 # --- remote -------------------------------------------------------------------------------------------------------

@@ -441,11 +441,15 @@ def test_damaged_records_say_what_to_do(tmp_path, name, data, message):
         DatasetIndex(dataset)
 
 
+VECTORS = ("mean", "std", "min", "max", "q01", "q99")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda stats: stats.pop("arm"), "has no statistics of embodiment 'arm'"),
-        (lambda stats: stats["arm"].update(proprio=None), "has 3 action and 0 proprio values of arm, but dataset.yaml"),
+        (lambda stats: stats["arm"].update(proprio=None), "3 relative action and 0 proprio values of arm, but"),
+        (lambda stats: stats["arm"]["actions_relative"].update({what: [1.0] for what in VECTORS}), "and 1 relative"),
         (lambda stats: stats["arm"]["actions_absolute"].update(q99=[1.0]), "different numbers of dimensions"),
         (lambda stats: stats["arm"]["actions_absolute"].update(std=None), "actions_absolute.std: Input should be"),
     ],
@@ -456,6 +460,15 @@ def test_statistics_that_do_not_fit_the_robot_are_refused(tmp_path, change, mess
     change(stats["embodiments"])
     (dataset / "norm_stats.json").write_text(json.dumps(stats))
     with pytest.raises(UserError, match=message):
+        DatasetIndex(dataset)
+
+
+def test_statistics_that_do_not_fit_the_latents_are_refused(tmp_path):
+    dataset = tiny_dataset(tmp_path / "dataset", clips=(1, 1))
+    stats = json.loads((dataset / "norm_stats.json").read_text())
+    stats["latents"]["std"] = [1.0]
+    (dataset / "norm_stats.json").write_text(json.dumps(stats))
+    with pytest.raises(UserError, match=r"latents\.std has 1 values, but dataset\.yaml says codec\.latent_channels=6"):
         DatasetIndex(dataset)
 
 
@@ -486,5 +499,8 @@ def test_a_codec_of_another_dataset_is_refused(tmp_path):
 def test_no_dataset_at_all(tmp_path):
     with pytest.raises(UserError, match=r"no such folder; give the `out` folder of a finished build"):
         DatasetIndex(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file: is no folder; give the `out` folder of a finished build"):
+        DatasetIndex(tmp_path / "file")
     with pytest.raises(UserError, match=r"holds no dataset\.yaml, so it is not a dataset"):
         DatasetIndex(tmp_path)

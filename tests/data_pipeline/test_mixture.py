@@ -105,7 +105,13 @@ def test_one_folder_has_no_name(datasets):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"dataset": {}}, {"dataset": {"a/b": "x"}}, {"mixture": {"weights": {"x": 1}, "tags": {"x": []}}}]
+    "changes",
+    [
+        {"dataset": {}},
+        {"dataset": {"a/b": "x"}},
+        {"mixture": {"weights": {"x": 1}, "tags": {"x": []}}},
+        {"mixture": {"weights": {"x": 1e308, "y": 1e308}}},  # their sum is no number
+    ],
 )
 def test_settings_that_make_no_sense(datasets, changes):
     with pytest.raises(ValidationError):

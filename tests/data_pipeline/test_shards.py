@@ -168,6 +168,10 @@ def test_a_half_shard_and_a_missing_one_say_so(tmp_path):
         ShardReader(tmp_path).read(last.shard, last.offset, last.num_bytes)
     with pytest.raises(ShardError, match="cannot be opened"):
         ShardReader(tmp_path).read("shards/gone.tar", 0, 1)
+    with pytest.raises(ShardError, match="ends at byte"):  # and takes no memory for what is promised
+        ShardReader(tmp_path).read(last.shard, 512, 1 << 60)
+    with pytest.raises(ShardError, match="ends at byte"):
+        ShardReader(tmp_path).read(last.shard, 1 << 60, 512)
     with pytest.raises(ShardError, match="cannot be read"):
         ShardReader(tmp_path).read(".", 0, 1)  # a folder opens, and only then refuses to be read
 

@@ -482,6 +482,20 @@ def test_protocols_and_packages(config, arguments, capsys, monkeypatch):
     assert "`pip install gcsfs`" in refusal(capsys, "gs://bucket/x", *arguments)
 
 
+@pytest.mark.parametrize(
+    ("address", "hint"),
+    [
+        ("HTTP://host/x", "write http://host/x"),
+        ("s3:/bucket/x", "write s3://bucket/x"),
+        ("https:///x", "write https://x"),
+        ("gs://", "write gs://HOST/FOLDER"),
+    ],
+)
+def test_what_was_meant_as_an_address(arguments, capsys, address, hint):
+    told = refusal(capsys, address, *arguments)
+    assert f"is neither a folder nor an address; {hint}, or give a local folder." in told
+
+
 def test_s3_errors(s3_server, arguments, capsys):
     s3_server.status = 403
     assert "check the address and the credentials (AWS_ACCESS_KEY_ID" in refusal(capsys, "s3://bucket/x", *arguments)
