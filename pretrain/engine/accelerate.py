@@ -23,7 +23,6 @@ class AccelerateEngine(Engine):
         self.max_grad_norm = optimizer_config.max_grad_norm or float("inf")  # inf: measured, never scaled
         self._accelerator = Accelerator(
             cpu=self.device.type == "cpu",
-            mixed_precision="bf16" if self.precision == "bf16" else "no",
             gradient_accumulation_steps=config.grad_accum_steps,
             # A batch without action labels leaves the action layers without gradients.
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
@@ -42,7 +41,8 @@ class AccelerateEngine(Engine):
             self._model.set_requires_gradient_sync(is_last)
         elif isinstance(self._model, nn.parallel.DistributedDataParallel):
             self._model.require_backward_grad_sync = is_last
-        with self._accelerator.autocast():
+        # Not accelerate's: its precision is one for all engines that a process ever has.
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             return LossTerms(*self._model(self.to_device(batch), draws))
 
     def backward(self, total: Tensor) -> None:
