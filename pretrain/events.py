@@ -55,6 +55,14 @@ class EventLog:
         details = {"value": trouble.value, "limit": trouble.limit, "was_applied": was_applied, "keys": list(keys)}
         self.note(trouble.reason, **{key: _plain(value) for key, value in details.items()})
 
+    def straggler(self, own_s: float, median_s: float) -> None:
+        """This rank was the slowest, before it waited for any other."""
+        logger.warning(
+            "step %d: rank %d on %s took %.2f s for its data and forward pass, the median is %.2f s",
+            *(self.step, self._rank, socket.gethostname(), own_s, median_s),
+        )
+        self.note("straggler", own_s=own_s, median_s=median_s)
+
     def __enter__(self) -> Self:
         self.note("started", layout=self._layout)
         return self

@@ -86,6 +86,8 @@ class StepTimer:
     """Time per step, samples and work per second and the share of time spent waiting for data, since last read."""
 
     def __init__(self) -> None:
+        self._own_s = 0.0
+        self._forward_events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.restart()
 
     def restart(self) -> None:
@@ -98,9 +100,33 @@ class StepTimer:
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
+        """With which a step begins."""
         start = time.perf_counter()
         yield
-        self._waited_s += time.perf_counter() - start
+        self._own_s = time.perf_counter() - start
+        self._forward_events = []
+        self._waited_s += self._own_s
+
+    @contextmanager
+    def computing_forward(self) -> Iterator[None]:
+        start = time.perf_counter()
+        # A GPU computes on after its calls have returned, so it keeps the time itself: nothing waits for it here.
+        events = (_timed_event(), _timed_event()) if torch.cuda.is_initialized() else None
+        if events is not None:
+            events[0].record()
+        yield
+        if events is None:
+            self._own_s += time.perf_counter() - start
+        else:
+            events[1].record()
+            self._forward_events.append(events)
+
+    def own_s(self) -> float:
+        """Seconds that this step's data and forward passes took this rank, before it waited for any other.
+
+        To be asked when the step is done. Where ranks share weights or sequences, they wait in the forward pass too.
+        """
+        return self._own_s + sum(first.elapsed_time(last) for first, last in self._forward_events) / 1e3
 
     def count_step(self, num_samples: int, work: Mapping[str, int] | None = None) -> None:
         """`work`: how much of what all ranks did in the step, such as tokens."""
@@ -118,6 +144,10 @@ class StepTimer:
         }
         self.restart()
         return row
+
+
+def _timed_event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)
 
 
 def peak_memory() -> dict[str, float]:

@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any, Protocol
 
 import torch
@@ -15,9 +16,13 @@ from data_pipeline.storage import TRAFFIC
 
 from .draws import SampleDraws, Stream
 from .engine import Engine, StepReport
+from .events import EventLog
 from .flops import peak_flops
 from .metrics import StepTimer, peak_memory
 from .world_models.base import Batch, CountsWork
+
+STRAGGLES_FROM, STRAGGLES_FROM_S = 1.5, 0.05
+"""Times the median of all ranks, and seconds, above which a step's slowest rank is told: shorter is chance."""
 
 
 @dataclass
@@ -62,12 +67,16 @@ def check_micro_batches(batch_sizes: Mapping[str, int], engine: Engine) -> None:
             )
 
 
-def forward_backward(engine: Engine, batch: Batch, draws: SampleDraws) -> dict[str, Tensor]:
+def forward_backward(
+    engine: Engine, batch: Batch, draws: SampleDraws, timer: StepTimer | None = None
+) -> dict[str, Tensor]:
     """Gradients of this rank's part of a global batch; returns its mean losses, still on the device."""
+    timer = timer or StepTimer()
     losses: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=engine.device))
     for micro_batch in split_batch({**batch, "draws": draws}, engine.grad_accum_steps):
         micro_draws = micro_batch.pop("draws")
-        terms = engine.forward_loss(micro_batch, micro_draws)
+        with timer.computing_forward():
+            terms = engine.forward_loss(micro_batch, micro_draws)
         engine.backward(terms.total)
         losses["loss"] += terms.total.detach() / engine.grad_accum_steps
         for name, part in terms.parts.items():
@@ -123,8 +132,22 @@ def _peak(engine: Engine) -> float | None:
     return peak_flops(torch.cuda.get_device_name(engine.device)) if is_known else None
 
 
+def rank_times(engine: Engine, timer: StepTimer, events: EventLog) -> dict[str, float]:
+    """What this step took the ranks before they waited for each other; a straggler notes that it is one. Collective."""
+    seconds = engine.ranks.gather(timer.own_s())
+    slowest, middle = max(seconds), median(seconds)
+    if slowest > max(STRAGGLES_FROM * middle, STRAGGLES_FROM_S) and seconds.index(slowest) == engine.rank:
+        events.straggler(slowest, middle)
+    return {"slowest_rank_s": slowest, "median_rank_s": middle}
+
+
 def train_row(
-    engine: Engine, state: TrainState, losses: dict[str, Tensor], report: StepReport, timer: StepTimer
+    engine: Engine,
+    state: TrainState,
+    losses: dict[str, Tensor],
+    report: StepReport,
+    timer: StepTimer,
+    events: EventLog,
 ) -> dict[str, Any]:
     """This very step's losses, averaged over ranks, and how fast the steps since the last row were. Collective."""
     values = engine.mean_across_ranks({name: loss.item() for name, loss in losses.items()})  # waits for the device
@@ -137,6 +160,7 @@ def train_row(
         "grad_norm": report.grad_norm,
         "skipped_steps": state.skipped_steps,
         **speed,
+        **rank_times(engine, timer, events),
         **utilization(speed, engine.world_size, _peak(engine)),
         **peak_memory(),
     }

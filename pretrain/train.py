@@ -227,7 +227,7 @@ def train(
             with timer.waiting_for_data():
                 batch = next(reading)
             seed_layers(config.seed, step, engine.data_rank)
-            losses = forward_backward(engine, batch, sample_draws(engine, config.seed, step, batch))
+            losses = forward_backward(engine, batch, sample_draws(engine, config.seed, step, batch), timer)
             loss = engine.mean_across_ranks({"loss": losses["loss"].item()})["loss"]  # waits for the device
             report = engine.step(learning_rate(config.optimizer, step, config.num_steps), guard.largest_norm(loss))
             trouble = guard.review(step, loss, report)
@@ -247,7 +247,7 @@ def train(
 
             # Rows of a step come before its checkpoint: a run resumed there has them.
             if step % config.log_every == 0:
-                row = train_row(engine, state, losses, report, timer) | data_row(engine, batches)
+                row = train_row(engine, state, losses, report, timer, events) | data_row(engine, batches)
                 metrics.write(row)
                 progress.show(row)
             is_last = step == config.num_steps

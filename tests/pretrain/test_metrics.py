@@ -3,15 +3,19 @@
 import json
 import time
 from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.loader import UserError
+from pretrain.events import EventLog
 from pretrain.flops import peak_flops
 from pretrain.metrics import MetricsLog, Progress, StepTimer, peak_memory, read_metrics
-from pretrain.steps import utilization
+from pretrain.steps import rank_times, utilization
 
 
 @given(value=st.floats(allow_nan=False, allow_infinity=False))
@@ -66,6 +70,44 @@ def test_timer_measures_steps_and_waiting() -> None:
     assert row["step_s"] >= 0.02
     assert row["samples_per_s"] == pytest.approx(10 / row["step_s"])
     assert 0.5 < row["data_wait_share"] <= 1
+
+
+def test_a_step_has_its_own_time_of_data_and_forward_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("pretrain.metrics.time", SimpleNamespace(perf_counter=lambda: now))
+    timer = StepTimer()
+    for seconds in (5.0, 1.0):  # the second step knows nothing of the first
+        with timer.waiting_for_data():
+            now += seconds
+        for _ in range(2):
+            with timer.computing_forward():
+                now += 10 * seconds
+            now += 100  # backward, and waiting for others
+        assert timer.own_s() == 21 * seconds
+
+
+@pytest.mark.parametrize(
+    ("seconds", "is_told"),
+    [
+        ([0.1, 0.1, 0.1, 0.2], True),
+        ([0.1, 0.1, 0.1, 0.14], False),
+        ([0.01, 0.01, 0.01, 0.04], False),  # many times slower, but that is chance
+        ([0.2, 0.1, 0.1, 0.1], False),  # another rank's to tell
+        ([0.1], False),
+    ],
+)
+def test_the_slowest_rank_tells_of_itself(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, seconds: list[float], is_told: bool
+) -> None:
+    rank = len(seconds) - 1
+    engine: Any = SimpleNamespace(rank=rank, ranks=SimpleNamespace(gather=lambda own: [*seconds[:-1], own]))
+    timer: Any = SimpleNamespace(own_s=lambda: seconds[-1])
+    row = rank_times(engine, timer, EventLog(tmp_path, rank, 7, "layout"))
+    assert row == {"slowest_rank_s": max(seconds), "median_rank_s": median(seconds)}
+    assert (f"step 7: rank {rank} on" in caplog.text) == is_told
+    events = (tmp_path / "events.jsonl").read_text().splitlines() if is_told else []
+    assert [json.loads(event)["event"] for event in events] == ["straggler"] * is_told
+    assert all(json.loads(event)["host"] and json.loads(event)["rank"] == rank for event in events)
 
 
 def test_work_per_second_is_that_of_all_steps() -> None:

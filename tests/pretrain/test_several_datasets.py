@@ -23,7 +23,7 @@ HIGH = {"front": ViewConfig(height=24, width=16)}
 VIDEO = {"patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 6,
          "out_channels": 6, "text_dim": 8, "freq_dim": 16, "ffn_dim": 32, "num_layers": 2}  # fmt: skip
 TIMINGS = {"step_s", "samples_per_s", "data_wait_share", "peak_memory_gb", "model_tflops_per_device"}
-TIMINGS |= {"tokens_per_s", "model_flops_per_s", "hardware_flops_per_s"}
+TIMINGS |= {"tokens_per_s", "model_flops_per_s", "hardware_flops_per_s", "slowest_rank_s", "median_rank_s"}
 
 
 @pytest.fixture(scope="module")

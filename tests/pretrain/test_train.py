@@ -31,7 +31,7 @@ from pretrain.train import MAY_CHANGE, PretrainConfig, resume_run
 SCRIPT = Path(__file__).with_name("tiny_training.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 NUM_KILLS = int(os.environ.get("NUM_KILLS", "3"))
-TIMINGS = {"step_s", "samples_per_s", "data_wait_share", "peak_memory_gb"}
+TIMINGS = {"step_s", "samples_per_s", "data_wait_share", "peak_memory_gb", "slowest_rank_s", "median_rank_s"}
 tiny = SimpleNamespace(**runpy.run_path(str(SCRIPT)))
 
 
