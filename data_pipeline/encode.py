@@ -73,10 +73,8 @@ class EncodePlan(StrictConfig):
 
 def check_encoders(codec: VideoCodecConfig, text_encoder: TextEncoderConfig, views: Mapping[str, ViewConfig]) -> None:
     """Before hours of work rather than after: weights that are not there, sizes that the codec cannot take."""
-    stride = codec.patch
-    if codec.kind == "wan":
-        assert codec.folder is not None  # the config's validator has seen to it
-        stride = WanCodec(codec.folder, codec.dtype).spatial_stride
+    frozen = open_frozen_codec(codec)
+    stride = frozen.spatial_stride if frozen else codec.patch
     for name, view in views.items():
         step = stride if stride % 2 == 0 else 2 * stride  # H.264 in 4:2:0 takes even sizes only
         if view.height % step or view.width % step:
@@ -119,7 +117,7 @@ def prepare_codec(
 def open_frozen_codec(config: VideoCodecConfig) -> VideoCodec | None:
     """None where the codec is to be fitted to the dataset."""
     if config.kind == "embedded":
-        return None
+        return None if config.folder is None else EmbeddedCodec.load(config.folder)
     assert config.folder is not None  # the config's validator has seen to it
     return WanCodec(config.folder, config.dtype)
 

@@ -25,12 +25,17 @@ class VideoCodecConfig(StrictConfig):
     kind: Literal["embedded", "wan"] = Field("embedded", description="embedded: fitted, no download. wan: Wan's VAE.")
     patch: int = Field(4, ge=1, description="embedded: pixels per side of a block, the codec's spatial stride.")
     channels: int = Field(48, ge=1, description="embedded: numbers kept per block of 4 x patch x patch x 3.")
-    folder: Path | None = Field(None, description=f"wan: {_FOLDER}")
+    folder: Path | None = Field(
+        None, description=f"embedded: codec/ of a dataset, to have its latents instead of fitting anew. wan: {_FOLDER}"
+    )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="wan: precision the VAE computes in.")
 
     @model_validator(mode="after")
     def _folder_belongs_to_kind(self) -> Self:
-        _check_folder(self.kind, self.folder, needs_folder=self.kind == "wan")
+        if self.kind == "wan":
+            _check_folder(self.kind, self.folder, needs_folder=True)
+        elif self.folder is not None and self.model_fields_set & {"patch", "channels"}:
+            raise ValueError("with `folder`, an embedded codec has that folder's patch and channels; leave both out")
         return self
 
     @model_validator(mode="after")

@@ -1,12 +1,16 @@
 """Staged clips to latents and text: from the stored pixels, with either kind of codec; without Ray."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
+from configs.loader import UserError
 from data_pipeline.curate.episode import CurateEpisode, CuratePlan, SourcePlan
-from data_pipeline.encode import EncodeEpisode, EncodePlan, measure_codec, prepare_codec
-from data_pipeline.encoder_config import VideoCodecConfig
+from data_pipeline.encode import EncodeEpisode, EncodePlan, check_encoders, measure_codec, prepare_codec
+from data_pipeline.encoder_config import TextEncoderConfig, VideoCodecConfig
 from data_pipeline.encoders import HashedTextEncoder, load_video_codec
 from data_pipeline.sample import read_tensor, validate
 from data_pipeline.sources import LeRobotConfig, open_source
@@ -42,6 +46,25 @@ def codec_config(kind, tmp_path):
     if kind == "wan":
         return VideoCodecConfig(kind="wan", folder=write_vae(tmp_path / "vae", "wan2.1"))
     return VideoCodecConfig(patch=4, channels=24)
+
+
+def test_an_embedded_codec_can_be_that_of_another_dataset(staging, tmp_path):
+    refs = [("lab", "episode_000000", position) for position in range(3)]
+    config = codec_config("embedded", tmp_path)
+    prepare_codec(staging, config, refs[:1], refs, "train")
+    fitted = shutil.copytree(staging.codec, tmp_path / "codec")
+    anew = prepare_codec(staging, config, refs, refs, "train")
+    shared = prepare_codec(staging, VideoCodecConfig(folder=fitted), refs, refs, "train")
+    assert shared.weight_hash == load_video_codec(fitted).weight_hash != anew.weight_hash
+    assert load_video_codec(staging.codec).weight_hash == shared.weight_hash
+
+    views = {"front": ViewConfig(height=30, width=32)}
+    with pytest.raises(UserError, match="multiples of 4"):  # of that folder's patch
+        check_encoders(VideoCodecConfig(folder=fitted), TextEncoderConfig(), views)
+    with pytest.raises(UserError, match="gone"):
+        check_encoders(VideoCodecConfig(folder=tmp_path / "gone"), TextEncoderConfig(), views)
+    with pytest.raises(ValidationError, match="leave both out"):
+        VideoCodecConfig(folder=fitted, channels=24)
 
 
 @pytest.mark.parametrize("kind", ["embedded", "wan"])

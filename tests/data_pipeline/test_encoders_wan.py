@@ -239,12 +239,10 @@ def test_a_broken_folder_gives_one_sentence(wan21_folder, case):
     assert "\n" not in str(caught.value)
 
 
-def test_config_wants_a_folder_for_wan_only(tmp_path):
+def test_config_wants_a_folder_for_wan(tmp_path):
     VideoCodecConfig(kind="wan", folder=tmp_path)
     with pytest.raises(ValueError, match="needs `folder`"):
         VideoCodecConfig(kind="wan")
-    with pytest.raises(ValueError, match="leave `folder` out"):
-        VideoCodecConfig(kind="embedded", folder=tmp_path)
 
 
 def test_an_unknown_kind_of_saved_codec_is_refused(tmp_path):
