@@ -54,16 +54,18 @@ class DiskCache:
     # --- blocks ---------------------------------------------------------------------------------------------------
 
     def read(self, key: str, size: int, begin: int, end: int) -> bytes | None:
-        """Bytes [begin, end) of a block of that size; None where it is absent or damaged."""
+        """Bytes [begin, end) of a block of that size; None where it is absent, damaged or cannot be read."""
         try:
             file = os.open(self._block(key), os.O_RDONLY)
-        except FileNotFoundError:
+        except OSError:
             return None
         try:
             data = _checked(file, size, begin, end)
             if data is not None:
                 os.utime(file)  # the time of its last use
             return data
+        except OSError:
+            return None
         finally:
             os.close(file)
 

@@ -9,6 +9,7 @@ rank's part of the batch, so that nobody else notices.
 import logging
 from collections import Counter, deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch.utils.data import DataLoader
@@ -111,6 +112,27 @@ class Loader:
                 if allowed
                 else bad[0][1]
             )
+
+
+class LostWorkerError(UserError):
+    """A reading process was ended from outside."""
+
+    exit_code = 1
+
+
+@contextmanager
+def telling_of_lost_workers(config: LoaderConfig) -> Iterator[None]:
+    """Around all that is done while workers read: PyTorch raises from a signal handler, wherever we just are."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise LostWorkerError(
+            f"A reading process was lost ({str(error).splitlines()[0].strip().rstrip('.')}), mostly for want of memory "
+            f"(see `dmesg`); lower loader.num_workers={config.num_workers} or loader.prefetch_factor="
+            f"{config.prefetch_factor}, and start the same command again."
+        ) from error
 
 
 class _Parts:

@@ -132,10 +132,7 @@ class RemoteFiles:
         try:
             self._cache = DiskCache(config.cache_dir, round(self.max_kept))
         except OSError as error:
-            raise UserError(
-                f"{config.cache_dir}: {error.strerror}, so remote data cannot be kept there; set storage.cache_dir to "
-                "a folder on a local disk."
-            ) from None
+            raise self._cannot_keep(error) from None
         self._known: dict[str, _RemoteFile] = {}
         # Stands for the version where a server tells none: what it sends is good for this run only.
         self._no_version = secrets.token_hex(8)
@@ -159,6 +156,8 @@ class RemoteFiles:
                         self._keep(group, file)
         except _RemoteError as error:
             raise UserError(f"{self.address}: {error}; {self._next_move(error)}.") from error
+        except OSError as error:
+            raise self._cannot_keep(error) from None
         return group / "files"
 
     def size(self, name: str) -> int:
@@ -200,6 +199,12 @@ class RemoteFiles:
             self._cache.write(key, block)
         except OSError as error:  # a full disk costs speed, not the run
             logger.warning("%s: %s; what is read from %s is not kept", self._cache.folder, error.strerror, self.address)
+
+    def _cannot_keep(self, error: OSError) -> UserError:
+        return UserError(
+            f"{self.config.cache_dir}: {error.strerror}, so remote data cannot be kept there; set storage.cache_dir to "
+            "a folder on a local disk with some space."
+        )
 
     def _find_or_skip(self, name: str, *, may_skip: bool) -> _RemoteFile | None:
         try:

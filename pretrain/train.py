@@ -25,7 +25,7 @@ from torch import nn
 from configs.loader import StrictConfig, UserError, dump_config, run_command
 from data_pipeline.dataset import CODEC, TEXT_ENCODER, DatasetDescription, DatasetFolder, Split
 from data_pipeline.datasets import Datasets
-from data_pipeline.loader import Loader, LoaderConfig
+from data_pipeline.loader import Loader, LoaderConfig, telling_of_lost_workers
 from data_pipeline.sample_order import Cursor
 from data_pipeline.sample_plan import SamplePlan, plan_samples
 
@@ -220,7 +220,8 @@ def train(
     reading = iter(batches)
     events = EventLog(config.run_dir, engine.rank, state.step, engine.layout)
 
-    with events, Watchdog(config.run_dir, engine.rank, config.stuck_after_s) as watchdog:
+    watchdog = Watchdog(config.run_dir, engine.rank, config.stuck_after_s)
+    with events, watchdog, telling_of_lost_workers(config.loader):
         while state.step < config.num_steps:
             watchdog.alive()
             step = events.step = state.step + 1

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from configs.loader import UserError
 from data_pipeline.dataset_index import DatasetIndex
 from data_pipeline.datasets import Datasets
-from data_pipeline.loader import Loader, LoaderConfig
+from data_pipeline.loader import Loader, LoaderConfig, LostWorkerError, telling_of_lost_workers
 from data_pipeline.sample_order import Cursor
 from data_pipeline.video_io import ViewConfig
 from tests.data_pipeline.tiny_dataset import tiny_dataset, tiny_sample
@@ -408,6 +408,20 @@ def test_bad_samples_are_replaced_told_and_counted(two_shards, tmp_path, caplog,
             assert all(f"sample {key}" in caplog.text for key in replaced)
             num_replaced += len(replaced)
     assert num_replaced and sum((rank.bad_samples for rank in ranks), Counter()) == {reason: num_replaced}
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["DataLoader worker (pid 7) is killed by signal: Killed. ", "DataLoader worker (pid(s) 7) exited unexpectedly"],
+)
+def test_a_reading_process_that_is_lost_is_told(words):
+    """PyTorch's words; it raises them from a signal handler, which here might be in the middle of pytest's own code."""
+    config = LoaderConfig(dataset="x", num_workers=3)
+    told = r"^A reading process was lost \(DataLoader worker .* loader\.num_workers=3 or loader\.prefetch_factor=2"
+    with pytest.raises(LostWorkerError, match=told), telling_of_lost_workers(config):
+        raise RuntimeError(words)
+    with pytest.raises(RuntimeError, match=r"^another"), telling_of_lost_workers(config):
+        raise RuntimeError("another error")
 
 
 def test_too_many_bad_samples_stop_the_run(two_shards, tmp_path):

@@ -524,6 +524,22 @@ def test_a_full_disk_costs_speed_only(server, config, monkeypatch, caplog):
     assert "No space left on device" in caplog.text
 
 
+def test_what_is_kept_but_cannot_be_read_costs_speed_only(server, config, monkeypatch, tmp_path):
+    index = DatasetIndex(server.address, config)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(DiskCache, "_block", lambda cache, key: tmp_path / "file" / key)  # "Not a directory"
+    assert index.read_sample(0, check_sha256=True)["__key__"] == index.key(0)
+
+
+def test_a_disk_too_full_for_the_descriptions(server, arguments, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(DiskCache, "put", refuse)
+    told = refusal(capsys, server.address, *arguments)
+    assert "No space left on device, so remote data cannot be kept there; set storage.cache_dir" in told
+
+
 # --- training -----------------------------------------------------------------------------------------------------
 
 
