@@ -17,9 +17,9 @@ import numpy as np
 from jaxtyping import Int64
 from pydantic import BaseModel, Field, PositiveInt, model_validator
 from rich.console import Console
-from rich.table import Table
 
 from configs.loader import StrictConfig, run_command
+from configs.tables import console, table
 
 from .datasets import Datasets
 from .loader import LoaderConfig
@@ -126,7 +126,7 @@ def main(config: ReadingPlanConfig) -> None:
     if config.as_json:
         sys.stdout.write(found.model_dump_json(indent=2) + "\n")
     else:
-        show(found, Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False))
+        show(found, console())
 
 
 def stream_samples(datasets: Datasets, plan: SamplePlan) -> list[StreamSamples]:
@@ -274,29 +274,16 @@ def _is_gone_through(order: SampleOrder, cursor: Cursor) -> bool:
 # --- telling ------------------------------------------------------------------------------------------------------
 
 
-def show(plan: ReadingPlan, console: Console) -> None:
-    console.print(f"{plan.num_batches} global batches on {plan.num_ranks} rank(s)\n")
-    console.print(_table(plan.streams, "What is read; an epoch's tail is what its last batch has of it"))
-    console.print(_table(plan.buckets, "Global batches, each of one size of clips (height x width x frames)"))
-    console.print(_table([plan.rank], "A rank, over all these batches"))
-    console.print(
+def show(plan: ReadingPlan, out: Console) -> None:
+    out.print(f"{plan.num_batches} global batches on {plan.num_ranks} rank(s)\n")
+    out.print(table(plan.streams, "What is read; an epoch's tail is what its last batch has of it"))
+    out.print(table(plan.buckets, "Global batches, each of one size of clips (height x width x frames)"))
+    out.print(table([plan.rank], "A rank, over all these batches"))
+    out.print(
         f"Read from at a time: {plan.shards_per_window} shard(s) of each row above, "
         f"{plan.megabytes_in_windows:.1f} MB in all\n"
     )
-    console.print(_table([plan.mixing], "Share of the pairs of samples in a batch that come from one and the same"))
-
-
-def _table(rows: Sequence[BaseModel], title: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    for name in type(rows[0]).model_fields:
-        table.add_column(name.replace("_", " "))
-    for row in rows:
-        table.add_row(*(_text(value) for value in row.model_dump().values()))
-    return table
-
-
-def _text(value: Any) -> str:
-    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    out.print(table([plan.mixing], "Share of the pairs of samples in a batch that come from one and the same"))
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def plan_samples(datasets: Datasets, config: PlanConfig, *, may_lack: bool = Fal
             streams.append(Stream(stream_name, group, bucket, dataset.shard_sizes(placed)))
             positions.append(starts[name] + placed)
     used = {stream.bucket for stream in streams}
-    sizes = _batch_sizes(config, {one.bucket: one.num_latent_cells for one in inputs.values() if one.bucket in used})
+    sizes = batch_sizes(config, {one.bucket: one.num_latent_cells for one in inputs.values() if one.bucket in used})
     order = SampleOrder(streams, weights, sizes, config.seed, config.shuffle)
     return SamplePlan(order, positions, _identity(datasets, config, sizes))
 
@@ -131,7 +131,7 @@ def _check_one_size(dataset: DatasetIndex) -> None:
         raise UserError(f"{dataset}: holds several sizes of clips ({', '.join(sizes)}); build one dataset for each.")
 
 
-def _batch_sizes(config: PlanConfig, cells: Mapping[str, int]) -> dict[str, int]:
+def batch_sizes(config: PlanConfig, cells: Mapping[str, int]) -> dict[str, int]:
     """Samples of a global batch of each size of clip, which has so many latent cells."""
     budget, multiple = config.latent_cells_per_batch, config.batch_multiple
     if budget is None:

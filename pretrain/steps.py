@@ -15,7 +15,7 @@ from data_pipeline.shards import SHARD_PROBLEMS
 from data_pipeline.storage import TRAFFIC
 
 from .draws import SampleDraws, Stream
-from .engine import Engine, StepReport
+from .engine import Engine, EngineConfig, StepReport
 from .events import EventLog
 from .flops import peak_flops
 from .metrics import StepTimer, peak_memory
@@ -55,12 +55,12 @@ class Batches(Protocol):
         ...
 
 
-def check_micro_batches(batch_sizes: Mapping[str, int], engine: Engine) -> None:
-    parts = engine.data_world_size * engine.grad_accum_steps
+def check_micro_batches(batch_sizes: Mapping[str, int], engine: EngineConfig, num_ranks: int) -> None:
+    parts = num_ranks // engine.sequence_parallel * engine.grad_accum_steps
     for bucket, size in batch_sizes.items():
         if size % parts:
             raise UserError(
-                f"loader.global_batch_size={size} (clips of {bucket}) cannot be cut equally for {engine.world_size} "
+                f"loader.global_batch_size={size} (clips of {bucket}) cannot be cut equally for {num_ranks} "
                 f"rank(s) with engine.sequence_parallel={engine.sequence_parallel} and engine.grad_accum_steps="
                 f"{engine.grad_accum_steps}; choose a multiple of {parts}, with latent_cells_per_batch by "
                 f"loader.batch_multiple={parts}."

@@ -208,7 +208,7 @@ def train(
     batches = open_batches("train", engine.data_rank, engine.data_world_size, Cursor.model_validate(state.cursor))
     if batches is None:
         raise UserError(f"{config.loader.dataset}: its train split holds nothing to train on.")
-    check_micro_batches(batches.batch_sizes, engine)
+    check_micro_batches(batches.batch_sizes, config.engine, engine.world_size)
     if engine.is_main:
         write_settings(config, engine)
     engine.barrier()

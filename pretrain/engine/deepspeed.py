@@ -25,6 +25,8 @@ from .optimizer import OptimizerConfig, build_optimizer, set_learning_rate
 from .ranks import Ranks
 from .shards import Shard, share
 
+REDUCE_BUCKET = 50_000_000  # gradients that are reduced at once
+
 
 class DeepSpeedEngine(Engine):
     def __init__(self, config: EngineConfig, module: nn.Module, optimizer_config: OptimizerConfig) -> None:
@@ -153,7 +155,7 @@ def deepspeed_config(config: EngineConfig, optimizer: OptimizerConfig, precision
         "gradient_clipping": optimizer.max_grad_norm,
         "zero_optimization": {
             "stage": config.zero_stage,
-            "reduce_bucket_size": 50_000_000,
+            "reduce_bucket_size": REDUCE_BUCKET,
             "offload_optimizer": {"device": config.offload_optimizer},
             "offload_param": {"device": config.offload_weights},
         },

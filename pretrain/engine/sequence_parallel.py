@@ -24,17 +24,21 @@ def split_sequence(module: nn.Module, ranks: Ranks, size: int, timeout_s: float)
     networks = [part for part in module.modules() if isinstance(part, SplitsSequence)]
     if not networks:
         raise UserError(f"engine.sequence_parallel={size}, but this model has no token sequence to split; set it to 1.")
-    if ranks.world_size % size:
-        raise UserError(
-            f"engine.sequence_parallel={size} does not divide the {ranks.world_size} rank(s) of this run; choose a "
-            "divisor, or start another number of ranks."
-        )
     for network in networks:
-        if network.heads % size:
-            raise UserError(
-                f"engine.sequence_parallel={size} does not divide the {network.heads} attention heads of the model; "
-                "choose a divisor of the heads."
-            )
+        check_split(size, network.heads, ranks.world_size)
     group, _ = dist.new_subgroups(group_size=size, timeout=timedelta(seconds=timeout_s))
     for network in networks:
         network.sequence = SequenceRanks(ranks.rank % size, size, group)
+
+
+def check_split(size: int, heads: int, num_ranks: int) -> None:
+    if num_ranks % size:
+        raise UserError(
+            f"engine.sequence_parallel={size} does not divide the {num_ranks} rank(s) of this run; choose a "
+            "divisor, or start another number of ranks."
+        )
+    if heads % size:
+        raise UserError(
+            f"engine.sequence_parallel={size} does not divide the {heads} attention heads of the model; "
+            "choose a divisor of the heads."
+        )

@@ -1,0 +1,302 @@
+"""Figures on paper are those of real models and states, and the best setting is the best of all."""
+
+import io
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from configs.loader import UserError, load_config
+from pretrain.draws import SampleDraws
+from pretrain.engine import EngineConfig
+from pretrain.flops import training_flops, world_model_tokens
+from pretrain.memory import ModelSize, activation_bytes, kept_bytes, model_size, states
+from pretrain.models.execution import Execution, set_execution
+from pretrain.models.video_dit import VideoDiTConfig
+from pretrain.plan import MODES, PlanConfig, Workload, cheapest, lay_out, main, price, settings, usable_bytes
+from pretrain.step_time import GPU_TYPES, best_interval_s, goodput
+from pretrain.world_models.observation_space import ObservationSpaceConfig, ObservationSpaceWorldModel
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "pretrain"
+SHORT = "latent_shape=[5,16,32,40]"  # 17 frames of 256x320
+LONG = "latent_shape=[21,16,60,104]"  # 81 frames of 480x832
+
+
+def planned(name, *overrides):
+    return load_config(PlanConfig, CONFIGS / f"{name}.yaml", overrides)
+
+
+# --- parameters and memory ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "parameters"),
+    [
+        ("wan_1_3b", SHORT, 1_418_996_800),
+        ("wan_5b", "latent_shape=[5,48,16,20]", 4_999_787_712),
+        ("wan_14b", SHORT, 14_288_491_584),
+    ],
+)
+def test_parameters_are_those_of_the_released_models(name, shape, parameters):
+    plan = lay_out(planned(name, shape, "num_gpus=64", "gpu=b200"))
+    assert plan.parameters == parameters
+    assert plan.parameters_added == (7 * 4 + 1) * plan_width(name) + (plan_width(name) + 1) * plan_width(name)
+
+
+def plan_width(name):
+    return planned(name).model.video.width
+
+
+class Made(TorchDispatchMode):
+    """Bytes of the tensors that were made inside and are still held by somebody."""
+
+    def __init__(self):
+        super().__init__()
+        self._made = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for one in tree_leaves(out):
+            if isinstance(one, torch.Tensor):
+                storage = one.untyped_storage()
+                self._made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return out
+
+    def held(self, but):
+        own = {one.untyped_storage()._cdata for one in but}
+        return sum(size for key, (ref, size) in self._made.items() if key not in own and not ref.expired())
+
+
+TINY = VideoDiTConfig(num_attention_heads=4, attention_head_dim=32, text_dim=64, freq_dim=32, ffn_dim=512, num_layers=3)
+WIDE_TEXT = TINY.model_copy(update={"text_dim": 256, "num_layers": 2, "ffn_dim": 256})
+
+
+@pytest.mark.parametrize("sizes", [TINY, WIDE_TEXT], ids=["tiny", "wide_text"])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("mode", MODES)
+def test_activations_are_what_autograd_keeps(sizes, precision, mode):
+    model = ObservationSpaceWorldModel(
+        ObservationSpaceConfig(video=sizes, action_dim=2, actions_per_latent=4, residual_std=1.0)
+    )
+    set_execution(model, Execution("sdpa", mode))
+    num_clips, text = 2, 24
+    batch = {
+        "latents": torch.randn(num_clips, 3, 16, 16, 12), "text_tokens": torch.randn(num_clips, text, sizes.text_dim),
+        "actions": torch.randn(num_clips, 8, 2), "has_actions": torch.ones(num_clips, dtype=torch.bool),
+    }  # fmt: skip
+    draws = SampleDraws.seeded(0, 0, range(num_clips))
+    with Made() as made, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        loss = model.loss(batch, draws).total
+    measured = made.held(but=model.parameters())
+    counts = world_model_tokens(sizes, (3, 16, 12), text)
+    on_paper = num_clips * kept_bytes(sizes, counts, mode, precision)
+    if precision == "bf16" and mode == "none":
+        on_paper += 2 * model_size(model).cast  # autocast's copies of weights
+    assert loss.requires_grad
+    assert on_paper == pytest.approx(measured, rel=0.15)
+
+
+def test_saved_tensors_are_what_is_kept():
+    """The same by autograd's own hooks, which see no further than the first checkpoint."""
+    model = ObservationSpaceWorldModel(
+        ObservationSpaceConfig(video=TINY, action_dim=2, actions_per_latent=4, residual_std=1.0)
+    )
+    own = {one.untyped_storage().data_ptr() for one in model.parameters()}
+    saved = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = (0 if storage.data_ptr() in own else storage.nbytes(), tensor)
+        return tensor
+
+    batch = {
+        "latents": torch.randn(1, 3, 16, 16, 16), "text_tokens": torch.randn(1, 24, TINY.text_dim),
+        "actions": torch.randn(1, 8, 2), "has_actions": torch.ones(1, dtype=torch.bool),
+    }  # fmt: skip
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model.loss(batch, SampleDraws.seeded(0, 0, range(1)))
+    on_paper = kept_bytes(TINY, world_model_tokens(TINY, (3, 16, 16), 24), "none", "fp32")
+    assert on_paper == pytest.approx(sum(size for size, _ in saved.values()), rel=0.1)
+
+
+@given(st.integers(1, 64), st.integers(1, 4), st.sampled_from(["bf16", "fp32"]))
+def test_memory_is_monotone(num_clips, more, precision):
+    size = ModelSize(parameters=100_003, cast=90_000)
+    counts = world_model_tokens(TINY, (3, 16, 16), 8)
+    longer = world_model_tokens(TINY, (3 + more, 16, 16), 8)
+    by_mode = [activation_bytes(TINY, counts, num_clips, mode, precision) for mode in MODES]
+    assert by_mode[0] > by_mode[1] > by_mode[2]
+    for mode, few in zip(MODES, by_mode, strict=True):
+        assert few < activation_bytes(TINY, counts, num_clips + more, mode, precision)
+        assert few < activation_bytes(TINY, longer, num_clips, mode, precision)
+        assert few > activation_bytes(TINY, counts, num_clips, mode, precision, sequence_parallel=2)
+    held = [states(size, EngineConfig(zero_stage=stage), num_clips + 1, precision).steady for stage in (1, 2, 3)]
+    assert held[0] > held[1] > held[2]
+    more_gpus = [states(size, EngineConfig(zero_stage=stage), num_clips + 9, precision).steady for stage in (1, 2, 3)]
+    assert all(many < few for many, few in zip(more_gpus, held, strict=True))
+    for stage in (1, 2, 3):
+        kept = states(size, EngineConfig(zero_stage=stage), num_clips, precision)
+        moved = states(size, EngineConfig(zero_stage=stage, offload_optimizer="cpu"), num_clips, precision)
+        assert moved.steady + moved.on_host == kept.steady
+
+
+# --- the best setting ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "gpu", "num_gpus"),
+    [("wan_1_3b", SHORT, "h200", 8), ("wan_1_3b", LONG, "h100", 16), ("wan_14b", SHORT, "h200", 64)],
+)
+def test_the_best_is_the_fastest_of_all_that_fit(name, shape, gpu, num_gpus):
+    config = planned(name, shape, f"gpu={gpu}", f"num_gpus={num_gpus}", "loader.global_batch_size=64")
+    work = Workload.of(config)
+    best = cheapest(config, work, gpu, 0.4)
+    assert best is not None
+    shortest, num_fitting = float("inf"), 0
+    for stage, offloads, ranks, steps, mode in itertools.product(
+        (1, 2, 3), (("none", "none"), ("cpu", "none"), ("cpu", "cpu")), range(1, 17), range(1, 65), MODES
+    ):
+        heads = config.model.video.num_attention_heads
+        if heads % ranks or num_gpus % ranks or 64 % (num_gpus // ranks * steps):
+            continue
+        if (stage < 3 and offloads[1] == "cpu") or (stage == 3 and mode == "selective"):
+            continue
+        engine = EngineConfig(
+            zero_stage=stage, offload_optimizer=offloads[0], offload_weights=offloads[1], sequence_parallel=ranks,
+            grad_accum_steps=steps, activation_checkpointing=mode, compile=config.engine.compile and stage < 3,
+        )  # fmt: skip
+        found = price(config, work, engine, gpu, 0.4)
+        assert found.fits == (found.memory <= usable_bytes(gpu))
+        if found.fits:
+            num_fitting += 1
+            shortest = min(shortest, found.step_s)
+    assert num_fitting > 3
+    assert price(config, work, best, gpu, 0.4).step_s == shortest
+
+
+def test_a_step_is_as_long_as_its_arithmetic_where_nothing_else_is_to_do():
+    alone = ("num_gpus=1", "mfu=0.5", "engine.grad_accum_steps=64")
+    config = planned("wan_1_3b", SHORT, *alone)
+    plan = lay_out(config)
+    work = Workload.of(config)
+    flops = 256 * training_flops(config.model.video, work.clips[0].counts).model
+    assert plan.configured.step_s == pytest.approx(flops / (0.5 * GPU_TYPES["h200"].peak_flops), rel=0.01)
+    assert plan.configured.gpu_hours == pytest.approx(config.num_steps * plan.configured.step_s / 3600)
+    full = lay_out(planned("wan_1_3b", SHORT, *alone, "engine.activation_checkpointing=full"))
+    assert 1.3 < full.configured.step_s / plan.configured.step_s < 1.8  # a third more products, and nothing fused
+
+
+def test_more_gpus_are_faster():
+    seconds = [
+        lay_out(
+            planned("wan_14b", SHORT, f"num_gpus={n}", "gpus_per_node=128", "loader.global_batch_size=512")
+        ).best.step_s
+        for n in (16, 32, 64, 128)
+    ]
+    assert seconds == sorted(seconds, reverse=True)
+
+
+def test_4096_gpus():
+    config = planned("wan_14b", LONG, "num_gpus=4096", "loader.global_batch_size=4096", "gpu=h100")
+    plan = lay_out(config)
+    assert plan.best.fits and plan.failures.nodes == 512
+    assert plan.failures.hours_between_failures == pytest.approx(6300 / 512)
+    assert 0.8 < plan.failures.goodput < 1
+    assert len(list(settings(config, Workload.of(config)))) < 5000  # it stays a matter of seconds
+
+
+# --- measured MFU, failures ---------------------------------------------------------------------------------------
+
+
+def test_the_mfu_of_a_run(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": n, "split": "train", "mfu": mfu} for n, mfu in ((10, 0.1), (20, 0.35), (30, 0.36))]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"step": 30, "split": "validation"}]))
+    assert lay_out(planned("wan_1_3b", SHORT, f"measured={path}")).mfu == 0.35
+    path.write_text('{"step": 1, "split": "train"}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl: no training step in it has an mfu"):
+        lay_out(planned("wan_1_3b", SHORT, f"measured={path}"))
+
+
+def test_the_mfu_of_the_benchmark(tmp_path):
+    path = tmp_path / "gpu.json"
+    rows = [
+        {"who": who, "mfu": mfu, "tokens_per_s": 100.0 * tokens, "step_s": 0.01, "batch": 1}
+        for who, mfu, tokens in (
+            ("ours", 0.5, 1600),
+            ("ours", 0.3, 1600),
+            ("ours", 0.7, 32760),
+            ("diffusers", 0.9, 1600),
+        )
+    ]
+    path.write_text(json.dumps({"rows": [*rows, {"who": "ours", "error": "out of memory"}]}))
+    assert lay_out(planned("wan_1_3b", SHORT, f"measured={path}")).mfu == 0.5
+    assert lay_out(planned("wan_1_3b", LONG, f"measured={path}")).mfu == 0.7
+    path.write_text("{}")
+    with pytest.raises(UserError, match=r"gpu\.json: no MFU"):
+        lay_out(planned("wan_1_3b", SHORT, f"measured={path}"))
+
+
+@given(st.floats(0.1, 600), st.floats(1e4, 1e7), st.floats(0, 3600))
+def test_no_interval_is_better_than_dalys(checkpoint_s, between_s, restart_s):
+    best = goodput(best_interval_s(checkpoint_s, between_s), checkpoint_s, restart_s, between_s)
+    others = [between_s * 2.0**-n for n in range(24)]
+    assert 0 < best < 1
+    assert all(goodput(one, checkpoint_s, restart_s, between_s) <= best * 1.001 for one in others)
+
+
+# --- telling ------------------------------------------------------------------------------------------------------
+
+
+def test_tables_and_json(capsys):
+    config = planned("wan_14b", SHORT, "num_gpus=64")
+    main(config)
+    text = capsys.readouterr().out
+    for what in (
+        "14,288,491,584",
+        "as configured",
+        "gpu hours",
+        "goodput",
+        "checkpoint every",
+        '"stage": 3',
+        "assumed",
+    ):
+        assert what in text
+    main(config.model_copy(update={"as_json": True}))
+    plan = json.load(io.StringIO(capsys.readouterr().out))
+    assert plan["deepspeed"]["zero_optimization"]["stage"] == plan["best"]["zero_stage"]
+    assert {row["gpu"] for row in plan["gpu_types"]} == GPU_TYPES.keys()
+    # the overrides make the configured run the best one
+    again = lay_out(planned("wan_14b", SHORT, "num_gpus=64", *plan["overrides"]))
+    assert again.configured == again.best
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (["engine.sequence_parallel=5", "num_gpus=10"], r"sequence_parallel=5 does not divide the 12 attention heads"),
+        (["engine.sequence_parallel=4", "num_gpus=6"], r"sequence_parallel=4 does not divide the 6 rank"),
+        (["num_gpus=48"], r"global_batch_size=256 .* 48 rank.*choose a multiple of 48"),
+        (["engine.grad_accum_steps=3"], r"global_batch_size=256 .*grad_accum_steps=3; choose a multiple of 24"),
+        (["latent_shape=[5,48,16,20]"], r"has 48 channels, but model\.video\.out_channels=16"),
+        (["latent_shape=[5,16,31,40]"], r"patch_size=\[1, 2, 2\] does not divide latent_shape=\[5, 16, 31, 40\]"),
+        (["latent_shape=[2,16,32,40]"], r"has 2 frames, .*=2 leave nothing to predict"),
+        (["engine.kind=accelerate"], r"set engine\.kind=deepspeed"),
+        (
+            ["latent_shape=[201,16,180,320]", "num_gpus=1", "gpu=l40s"],
+            r"need at least [\d.]+ GB on each GPU .*gpu=l40s has 43\.2 GB",
+        ),
+        (["loader.dataset=/nowhere"], r"/nowhere"),
+    ],
+)
+def test_what_cannot_be_is_refused(overrides, complaint):
+    shape = [] if any("dataset" in one or "latent_shape" in one for one in overrides) else [SHORT]
+    with pytest.raises(UserError, match=complaint):
+        lay_out(planned("wan_1_3b", *shape, *overrides))
