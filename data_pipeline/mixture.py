@@ -87,8 +87,8 @@ def _unknown(
     mixture: MixtureConfig, group: str, pattern: str, names: Collection[str], datasets: Datasets, split: str
 ) -> UserError:
     setting = f"tags.{group}" if group in mixture.tags else "weights"
-    hint = suggest(pattern, [*names, *mixture.tags])
-    if pattern in datasets.by_name:
+    hint = suggest(pattern, [*names, *(tag for tag in mixture.tags if tag != pattern)])
+    if pattern and pattern in datasets.by_name and mixture.by != "dataset":
         hint = f"; for all of that dataset write {pattern}/*"
     return UserError(
         f"loader.mixture.{setting}: no {mixture.by} of split {split} in {datasets} is called {pattern!r}{hint}; there "

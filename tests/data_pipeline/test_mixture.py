@@ -88,6 +88,7 @@ def loader_config(datasets, mixture=None, **changes):
         ({"weights": {"*": 1, "real": 1}, "tags": {"real": ["pots"]}}, r"'real' comes too late, for '\*' before it"),
         ({"weights": {"reel": 1}, "tags": {"real": ["pots"]}}, r"called 'reel'; did you mean \"real\""),
         ({"by": "dataset", "weights": {"lap": 1}}, r"no dataset of split train .* called 'lap'; did you mean \"lab\""),
+        ({"weights": {"t": 1}, "tags": {"t": ["t"]}}, r"tags\.t: no source .* called 't'; it can be web/bridge, "),
         ({"by": "embodiment", "weights": {"lab/none": 1}}, r"no embodiment .*there are: web/none, web/arm, lab/arm"),
     ],
 )
@@ -102,6 +103,8 @@ def test_one_folder_has_no_name(datasets):
     with pytest.raises(UserError, match=r"by=dataset: \S+lab has no name; write loader\.dataset as \{NAME: FOLDER"):
         plan_samples(alone, loader_config(alone, {"by": "dataset", "weights": {"lab": 1}}))
     assert plan_samples(alone, loader_config(alone, {"weights": {"pots": 1}})) is not None
+    with pytest.raises(UserError, match=r"is called ''; it can be "):
+        plan_samples(alone, loader_config(alone, {"weights": {"": 1}}))
 
 
 @pytest.mark.parametrize(
