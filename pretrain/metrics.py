@@ -12,46 +12,64 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from types import TracebackType
+from typing import Any, Self, TextIO
 
 import torch
 
 from configs.loader import UserError
 
+from .trackers import TrackerName, Trackers, check_trackers
+
 logger = logging.getLogger(__name__)
 
 
 class MetricsLog:
-    """Appends rows to `metrics.jsonl`; rank 0 writes, for the others it is silent.
+    """Appends rows to `metrics.jsonl`, and to the trackers; rank 0 writes, for the others it is silent.
 
     Opening it at a step drops the rows after that step, and the half line that a kill may have left: a resumed run
     takes those steps again, and its curve is the uninterrupted one.
     """
 
-    def __init__(self, path: Path, resumed_step: int, is_main: bool) -> None:
+    def __init__(self, path: Path, resumed_step: int, is_main: bool, trackers: Sequence[TrackerName] = ()) -> None:
         self._path, self._is_main = path, is_main
+        check_trackers(trackers)
         self._file: TextIO | None = None
         self.rewind(resumed_step)
+        self._trackers = Trackers(trackers if is_main else (), path.parent, resumed_step)
 
     def write(self, row: Mapping[str, Any] | None) -> None:
         """Appends a row; None, for what could not be measured, writes nothing."""
         if self._file is not None and row is not None:
             self._file.write(json.dumps({key: _finite(value) for key, value in row.items()}, allow_nan=False) + "\n")
             self._file.flush()  # a run that is killed keeps every row it logged
+            self._trackers.write(row)
 
     def rewind(self, step: int) -> None:
         """Drops the rows after a step that a run goes back to."""
         if self._is_main:
-            self.close()
+            self._close_file()
             _truncate(self._path, step)
             self._file = self._path.open("a", encoding="utf-8")
 
     def close(self) -> None:
+        self._close_file()
+        self._trackers.close()
+
+    def _close_file(self) -> None:
         if self._file is not None:
             self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

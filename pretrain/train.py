@@ -58,6 +58,7 @@ from .steps import (
     step_work,
     train_row,
 )
+from .trackers import TrackerName
 from .validation import validation_row
 from .wan_folder import load_wan
 from .watchdog import Watchdog
@@ -84,6 +85,9 @@ class TrainConfig(StrictConfig):
     validate_every: int = Field(500, gt=0, description="steps between losses on the validation split")
     validation_batches: int = Field(4, gt=0, description="global batches of a validation loss, always the same ones")
     log_every: int = Field(10, gt=0, description="steps between rows of metrics.jsonl")
+    trackers: tuple[TrackerName, ...] = Field(
+        (), description="where the rows go besides: tensorboard (run_dir/tensorboard), wandb"
+    )
     guard: GuardConfig = GuardConfig()
     stuck_after_s: float | None = Field(
         3600, gt=0, description="without a step, all ranks write their stacks to stacks/ and end; null: they wait"
@@ -102,7 +106,7 @@ class PretrainConfig(TrainConfig):
 # A resumed run may differ in these: they leave the losses as they are, those of `engine` up to rounding.
 MAY_CHANGE = frozenset(
     {"run_dir", "num_steps", "checkpoint_every", "keep_last", "keep_every"}
-    | {"validate_every", "validation_batches", "log_every"}
+    | {"validate_every", "validation_batches", "log_every", "trackers"}
     | {"loader.num_workers", "loader.prefetch_factor", "loader.announced_batches"}
     | {"loader.check_sha256", "loader.max_bad_fraction"}
     | {"loader.dataset", "loader.storage"}  # where it lies: what is in it, the cursor sees to
@@ -214,14 +218,14 @@ def train(
     engine.barrier()
     log_start(engine, state, config)
     guard = Guard(config.guard, state.guard)
-    metrics = MetricsLog(config.run_dir / "metrics.jsonl", state.step, engine.is_main)
+    metrics = MetricsLog(config.run_dir / "metrics.jsonl", state.step, engine.is_main, config.trackers)
     progress = Progress(config.num_steps, engine.is_main)
     timer = StepTimer()
     reading = iter(batches)
     events = EventLog(config.run_dir, engine.rank, state.step, engine.layout)
 
     watchdog = Watchdog(config.run_dir, engine.rank, config.stuck_after_s)
-    with events, watchdog, telling_of_lost_workers(config.loader):
+    with events, metrics, watchdog, telling_of_lost_workers(config.loader):
         while state.step < config.num_steps:
             watchdog.alive()
             step = events.step = state.step + 1
@@ -268,7 +272,6 @@ def train(
     progress.finish()
     checkpoints.export(config.run_dir / "export", texts, export_with)
     logger.info("exported to %s", config.run_dir / "export")
-    metrics.close()
     engine.close()
     return EXIT_DONE
 
