@@ -105,7 +105,7 @@ def write_report(folder: Path, results: dict[str, Any], commands: Sequence[tuple
 def loss_curve(metrics: Path) -> dict[str, str]:
     """Training (smoothed over a twentieth of the run) and validation loss parts over steps, as an SVG."""
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    parts = sorted({key for row in rows for key in row if key.startswith("loss/")})
+    parts = sorted({key for row in rows if row["split"] == "train" for key in row if key.startswith("loss/")})
     figure = Figure(figsize=(4.6 * len(parts), 2.9))
     axes = figure.subplots(1, len(parts), squeeze=False)
     for axis, part in zip(axes[0], parts, strict=True):
