@@ -60,6 +60,7 @@ from .steps import (
 )
 from .trackers import TrackerName
 from .validation import validation_row
+from .validation_videos import ValidationVideos, check_videos
 from .wan_folder import load_wan
 from .watchdog import Watchdog
 from .world_models.observation_space import ObservationSpaceConfig, ObservationSpaceWorldModel, build_world_model
@@ -84,6 +85,9 @@ class TrainConfig(StrictConfig):
     )
     validate_every: int = Field(500, gt=0, description="steps between losses on the validation split")
     validation_batches: int = Field(4, gt=0, description="global batches of a validation loss, always the same ones")
+    validation_videos: int = Field(
+        0, ge=0, description="clips of the validation split that are imagined into run_dir/validation, and measured"
+    )
     log_every: int = Field(10, gt=0, description="steps between rows of metrics.jsonl")
     trackers: tuple[TrackerName, ...] = Field(
         (), description="where the rows go besides: tensorboard (run_dir/tensorboard), wandb"
@@ -106,7 +110,7 @@ class PretrainConfig(TrainConfig):
 # A resumed run may differ in these: they leave the losses as they are, those of `engine` up to rounding.
 MAY_CHANGE = frozenset(
     {"run_dir", "num_steps", "checkpoint_every", "keep_last", "keep_every"}
-    | {"validate_every", "validation_batches", "log_every", "trackers"}
+    | {"validate_every", "validation_batches", "validation_videos", "log_every", "trackers"}
     | {"loader.num_workers", "loader.prefetch_factor", "loader.announced_batches"}
     | {"loader.check_sha256", "loader.max_bad_fraction"}
     | {"loader.dataset", "loader.storage"}  # where it lies: what is in it, the cursor sees to
@@ -213,6 +217,7 @@ def train(
     if batches is None:
         raise UserError(f"{config.loader.dataset}: its train split holds nothing to train on.")
     check_micro_batches(batches.batch_sizes, config.engine, engine.world_size)
+    check_videos(config.validation_videos, model, config.engine)
     if engine.is_main:
         write_settings(config, engine)
     engine.barrier()
@@ -223,7 +228,6 @@ def train(
     timer = StepTimer()
     reading = iter(batches)
     events = EventLog(config.run_dir, engine.rank, state.step, engine.layout)
-
     watchdog = Watchdog(config.run_dir, engine.rank, config.stuck_after_s)
     with events, metrics, watchdog, telling_of_lost_workers(config.loader):
         while state.step < config.num_steps:
@@ -285,7 +289,13 @@ def validate(
     watchdog: Watchdog,
 ) -> dict[str, Any] | None:
     batches = watchdog.watched(open_batches("validation", engine.data_rank, engine.data_world_size, Cursor()) or ())
-    return validation_row(engine, ema, batches, num_batches=config.validation_batches, seed=config.seed, step=step)
+    return validation_row(
+        *(engine, ema, batches),
+        num_batches=config.validation_batches,
+        seed=config.seed,
+        step=step,
+        videos=ValidationVideos(config.validation_videos, config.seed, config.run_dir),
+    )
 
 
 def rewind(checkpoints: Checkpoints, ema: ExponentialMovingAverage, state: TrainState, max_rewinds: int) -> TrainState:

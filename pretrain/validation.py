@@ -11,6 +11,7 @@ from .draws import SampleDraws
 from .ema import ExponentialMovingAverage
 from .engine import Engine
 from .steps import sample_draws
+from .validation_videos import ValidationVideos
 from .world_models.base import Batch
 
 NUM_BANDS = 4
@@ -49,7 +50,14 @@ def _limits(band: int) -> str:
 
 
 def validation_row(
-    engine: Engine, ema: ExponentialMovingAverage, batches: Iterable[Batch], *, num_batches: int, seed: int, step: int
+    engine: Engine,
+    ema: ExponentialMovingAverage,
+    batches: Iterable[Batch],
+    *,
+    num_batches: int,
+    seed: int,
+    step: int,
+    videos: ValidationVideos | None = None,
 ) -> dict[str, Any] | None:
     """Losses of the averaged weights on the first `num_batches`, with the same noise every time. Collective.
 
@@ -58,12 +66,15 @@ def validation_row(
     """
     losses: dict[str, list[float]] = defaultdict(list)
     bands = FlowTimeBands()
+    shown: dict[str, float] = {}
     with ema.swap_in(engine), engine.evaluating():
         for number, batch in zip(range(num_batches), batches, strict=False):
             terms = engine.forward_loss(batch, _draws(engine, seed, number, batch))
             losses["loss"].append(terms.total.item())
             for name, part in terms.parts.items():
                 losses[f"loss/{name}"].append(part.item())
+            if number == 0 and videos is not None:
+                shown = videos.show(engine, batch, step)
             if terms.by_sample:
                 draws = _draws(engine, seed, number, batch)
                 flow_time = draws.stratified()
@@ -71,7 +82,7 @@ def validation_row(
     if not losses:
         return None
     means = engine.mean_across_ranks({name: sum(values) / len(values) for name, values in losses.items()})
-    return {"step": step, "split": "validation", **means, **bands.means(engine)}
+    return {"step": step, "split": "validation", **means, **bands.means(engine), **shown}
 
 
 def _draws(engine: Engine, seed: int, number: int, batch: Batch) -> SampleDraws:

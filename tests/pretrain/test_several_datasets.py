@@ -6,13 +6,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from configs.loader import UserError
 from data_pipeline.datasets import Datasets
 from data_pipeline.embodiments import Embodiment
-from data_pipeline.video_io import ViewConfig
+from data_pipeline.video_io import ViewConfig, decode_clip
 from pretrain.exported import load_world_model
 from pretrain.metrics import read_metrics
 from pretrain.train import PretrainConfig, main
@@ -75,6 +76,23 @@ def test_work_and_losses_by_flow_time_are_measured(whole: Path) -> None:
     assert all(row["tokens_per_s"] > row["samples_per_s"] for row in train)
     bands = {key for key in validation[-1] if key.startswith("loss/video/flow_time_")}
     assert len(bands) == 4 and all(validation[-1][band] > 0 for band in bands)
+
+
+def test_clips_are_imagined_at_every_validation(
+    run: Callable[..., Path], whole: Path, folders: dict[str, Path]
+) -> None:
+    run_dir = run("videos", 8, validation_videos=2)
+    names = [path.name for path in sorted((run_dir / "validation").iterdir())]
+    assert names == [f"step_{step:08d}_clip_{clip:03d}.mp4" for step in (4, 8) for clip in (0, 1)]
+    assert not (whole / "validation").exists()
+    shown = rows(run_dir)
+    figures = [(row.pop("psnr"), row.pop("ssim")) for row in shown if row["split"] == "validation"]
+    assert all(0 < psnr < 99 and -1 < ssim < 1 for psnr, ssim in figures) and len(set(figures)) == 2
+    assert shown == rows(whole)  # looking changes nothing
+    frames = decode_clip((run_dir / "validation" / names[0]).read_bytes())
+    real, imagined = frames[:, :, : frames.shape[2] // 2], frames[:, :, frames.shape[2] // 2 :]
+    first, last = (np.abs(real[i].astype(int) - imagined[i]).mean() for i in (0, -1))
+    assert first < 4 and first < last  # the context is given, the future is not known
 
 
 def test_both_sizes_are_trained_on_and_counted(whole: Path) -> None:
