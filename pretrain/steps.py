@@ -158,6 +158,7 @@ def train_row(
         **values,
         "lr": report.lr,
         "grad_norm": report.grad_norm,
+        "update_norm": engine.update_norm() if report.was_applied else 0.0,
         "skipped_steps": state.skipped_steps,
         **speed,
         **rank_times(engine, timer, events),

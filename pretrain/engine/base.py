@@ -25,7 +25,7 @@ from ..world_models.base import LossTerms
 from .kernels import resolve_attention
 from .ranks import join_ranks, resolve_precision
 from .sequence_parallel import split_sequence
-from .shards import STEP, Shard, make_optimizer_states, optimizer_states
+from .shards import STEP, Shard, adamw_update_square, make_optimizer_states, optimizer_states
 
 
 class EngineConfig(StrictConfig):
@@ -221,6 +221,12 @@ class Engine(ABC):
         """Updates so far of each trained parameter, on every rank; empty before the first."""
         states = {name: self._optimizer.state.get(shard.holder, {}) for name, shard in self.shards().items()}
         return {name: float(state[STEP]) for name, state in states.items() if STEP in state}
+
+    @torch.no_grad()
+    def update_norm(self) -> float:
+        """Of what the last update added to all weights, by a look at all states. Collective."""
+        square = adamw_update_square(self._optimizer, self.shards(), self.shapes)
+        return math.sqrt(self.world_size * self.mean_across_ranks({"square": square})["square"])
 
     def optimizer_states(self) -> dict[str, dict[str, Tensor]]:
         """This rank's part of the states, live: key (AdamW: exp_avg, exp_avg_sq) -> parameter's name -> numbers."""

@@ -5,7 +5,7 @@ local shard (FSDP2), in a slice of a flat partition (ZeRO). A `Shard` says which
 charge of, and where they are. Over all ranks the shards of a parameter hold each of its elements exactly once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,30 @@ def optimizer_states(
             for key, value in optimizer.state.get(shard.holder, {}).items():
                 if key != STEP:
                     yield key, name, shard.part_of(value)
+
+
+def adamw_update_square(
+    optimizer: torch.optim.Optimizer, shards: dict[str, Shard], shapes: Mapping[str, tuple[int, ...]]
+) -> float:
+    """Sum of squares of what the last update of AdamW added to these shards, from what it left; 0 before the first.
+
+    Weights before the update are nowhere kept, but they follow from those after it and the states.
+    """
+    group = optimizer.param_groups[0]
+    (beta1, beta2), eps, lr = group["betas"], group["eps"], group["lr"]
+    decay = max(group["weight_decay"] for group in optimizer.param_groups)  # of matrices, see `build_optimizer`
+    total = 0.0
+    for name, shard in shards.items():
+        states = optimizer.state.get(shard.holder, {}) if shard.is_trained else {}
+        if STEP not in states or not shard.num:
+            continue
+        step = float(states[STEP])
+        mean, square = (shard.part_of(states[key]) for key in ("exp_avg", "exp_avg_sq"))
+        shift = mean * (lr / (1 - beta1**step)) / ((square / (1 - beta2**step)).sqrt_() + eps)
+        lost = lr * decay if len(shapes[name]) >= 2 else 0.0
+        update = (shard.values.to(shift) + shift).mul_(lost / (1 - lost)).add_(shift) if lost else shift
+        total += float(torch.linalg.vector_norm(update, dtype=torch.float64)) ** 2
+    return total
 
 
 def make_optimizer_states(optimizer: torch.optim.Optimizer, holder: Tensor, keys: set[str], step: float) -> None:

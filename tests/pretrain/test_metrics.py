@@ -1,21 +1,26 @@
 """metrics.jsonl: every digit, one continuous curve, no half lines."""
 
 import json
+import math
+import runpy
 import time
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.loader import UserError
+from pretrain.engine import EngineConfig, OptimizerConfig, create_engine
 from pretrain.events import EventLog
 from pretrain.flops import peak_flops
 from pretrain.metrics import MetricsLog, Progress, StepTimer, peak_memory, read_metrics
-from pretrain.steps import rank_times, utilization
+from pretrain.steps import forward_backward, rank_times, sample_draws, utilization
+
+tiny = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("tiny_training.py"))))
 
 
 @given(value=st.floats(allow_nan=False, allow_infinity=False))
@@ -119,6 +124,22 @@ def test_work_per_second_is_that_of_all_steps() -> None:
     assert row["model_flops_per_s"] == pytest.approx(2e15 / row["step_s"])
     timer.count_step(4)  # of a model that counts no work
     assert "tokens_per_s" not in timer.read()
+
+
+@pytest.mark.parametrize("kind", ["accelerate", "deepspeed"])
+def test_the_update_norm_is_that_of_what_changed(kind: Literal["accelerate", "deepspeed"]) -> None:
+    config = EngineConfig(kind=kind, device="cpu", precision="fp32")
+    engine = create_engine(config, tiny.build_tiny_model(), OptimizerConfig(weight_decay=0.5))
+    batch = {"latents": tiny.global_batch(0)}
+    assert engine.update_norm() == 0
+    for step in (1, 2):
+        before = tiny.whole_weights(engine)
+        forward_backward(engine, batch, sample_draws(engine, 0, step, batch))
+        engine.step(0.03)
+        after = tiny.whole_weights(engine)
+        moved = math.hypot(*[float((after[name] - before[name]).norm()) for name in after])
+        assert engine.update_norm() == pytest.approx(moved, rel=1e-4)
+    engine.close()
 
 
 def test_utilization_is_a_share_of_the_peak_of_all_devices() -> None:
