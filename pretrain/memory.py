@@ -66,24 +66,26 @@ class States:
 
 
 def states(size: ModelSize, engine: EngineConfig, num_gpus: int, precision: Precision) -> States:
-    """Of `kind: deepspeed`; the ranks of a sequence shard like all others."""
+    """Of `kind: deepspeed`; the ranks of a sequence shard like all others. Small weights, which ZeRO-3 never cuts, are
+    left out."""
     whole, stage = FLOAT * size.parameters, engine.zero_stage
     part = FLOAT * math.ceil(size.parameters / num_gpus)
     offloads = engine.offload_optimizer == "cpu"
     offloads_weights = engine.offload_weights == "cpu"
-    # With the optimizer on the CPU, gradients are brought there as soon as they are reduced; ZeRO-1 has them all first.
+    # Gradients are reduced as they come, and go to the CPU where the optimizer is; ZeRO-1 keeps all of its own between
+    # micro-steps. Over one micro-batch it holds what ZeRO-2 does.
     partitioned = 0 if offloads else part
-    bucket = min(FLOAT * REDUCE_BUCKET, whole)
+    bucket = FLOAT * REDUCE_BUCKET
     gathered = min(FLOAT * LIVE_WEIGHTS, whole) if stage == 3 else 0
     # DeepSpeed's own linear layer under ZeRO-3 lets the copies go at once; else autocast keeps them for the step.
     copies = 2 * size.cast if precision == "bf16" and stage < 3 else 0
     return States(
         weights=whole if stage < 3 else 0 if offloads_weights else part,
-        gradients=whole if stage == 1 else partitioned,
+        gradients=whole if stage == 1 and engine.grad_accum_steps > 1 else partitioned,
         master_copy=0 if offloads else part,
         moments=0 if offloads else 2 * part,
         average=0 if offloads else part,
-        on_host=part * (4 * offloads + offloads * (stage > 1) + offloads_weights),
+        on_host=part * (6 * offloads + offloads_weights),  # gradients twice: summed up, and of the last micro-step
         in_backward=bucket * (2 if stage == 3 else 1) + gathered + copies,  # ZeRO-3 fills one as it reduces the other
         in_update=part if stage < 3 and not offloads else 0,  # the partition's gradients, laid end to end
     )

@@ -342,7 +342,12 @@ def _tokens(row: dict[str, Any]) -> float:
 
 def states_plan(config: PlanConfig, work: Workload, stage: int, optimizer: str, weights: str) -> StatesPlan:
     engine = EngineConfig.model_validate(
-        {"zero_stage": stage, "offload_optimizer": optimizer, "offload_weights": weights}
+        {
+            "zero_stage": stage,
+            "offload_optimizer": optimizer,
+            "offload_weights": weights,
+            "grad_accum_steps": config.engine.grad_accum_steps,
+        }
     )
     held = states(work.size, engine, config.num_gpus, work.precision)
     numbers = {name: getattr(held, name) / 1e9 for name in StatesPlan.model_fields if hasattr(held, name)}
