@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from configs.loader import UserError, load_config
+from data_pipeline.datasets import Datasets
+from data_pipeline.video_io import ViewConfig
 from pretrain.draws import SampleDraws
 from pretrain.engine import EngineConfig
 from pretrain.engine.deepspeed import REDUCE_BUCKET
@@ -26,6 +28,7 @@ from pretrain.models.execution import Execution, set_execution
 from pretrain.plan import MODES, PlanConfig, Workload, cheapest, lay_out, main, price, settings, usable_bytes
 from pretrain.step_time import GPU_TYPES, best_interval_s, goodput
 from pretrain.world_models.observation_space import ObservationSpaceConfig, ObservationSpaceWorldModel
+from tests.data_pipeline.tiny_dataset import tiny_dataset
 
 sys.path.insert(0, str(Path(__file__).parent))
 from held_ranks import MODEL
@@ -273,6 +276,22 @@ def test_no_interval_is_better_than_dalys(checkpoint_s, between_s, restart_s):
     others = [between_s * 2.0**-n for n in range(24)]
     assert 0 < best < 1
     assert all(goodput(one, checkpoint_s, restart_s, between_s) <= best * 1.001 for one in others)
+
+
+def test_sizes_of_clips_are_those_of_the_datasets(tmp_path):
+    wide = {"front": ViewConfig(height=24, width=16)}
+    folders = {"short": tiny_dataset(tmp_path / "short"), "long": tiny_dataset(tmp_path / "long", views=wide)}
+    text_dim, channels = (
+        Datasets.open(folders).info.text_encoder.width,
+        Datasets.open(folders).info.codec.latent_channels,
+    )
+    sizes = f"{{patch_size: [1, 1, 1], text_dim: {text_dim}, in_channels: {channels}, out_channels: {channels}}}"
+    named = f"{{short: {folders['short']}, long: {folders['long']}}}"
+    plan = lay_out(planned("demo", f"loader.dataset={named}", f"model.video={sizes}", "num_gpus=4"))
+    assert not plan.assumed
+    tokens = {row.clips: row.tokens for row in plan.clips}
+    assert len(tokens) == 2 and max(tokens.values()) == 1.5 * min(tokens.values())
+    assert plan.configured.micro_batch == "8, 8"
 
 
 # --- telling ------------------------------------------------------------------------------------------------------
