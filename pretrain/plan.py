@@ -316,6 +316,8 @@ def measured_mfu(config: PlanConfig, work: Workload) -> float:
     """Of a run's metrics.jsonl, or of the benchmark's row whose clips are nearest in size."""
     path = config.measured
     assert path is not None
+    if not path.is_file():
+        raise UserError(f"measured={path}: no such file; give metrics.jsonl of a run, or the JSON of benchmarks.gpu.")
     if path.suffix == ".jsonl":
         shares = [row["mfu"] for row in read_metrics(path) if row.get("mfu")]
         if not shares:

@@ -336,6 +336,7 @@ def test_tables_and_json(capsys):
             r"need at least [\d.]+ GB on each GPU .*gpu=l40s has 43\.2 GB",
         ),
         (["loader.dataset=/nowhere"], r"/nowhere"),
+        (["measured=/nowhere.jsonl"], r"measured=/nowhere\.jsonl: no such file"),
     ],
 )
 def test_what_cannot_be_is_refused(overrides, complaint):
