@@ -31,7 +31,8 @@ MAX_BATCHES = 10_000
 
 OTHER_SETTINGS = frozenset(
     {"run_dir", "seed", "num_steps", "engine", "optimizer", "ema_decay", "checkpoint_every", "keep_last", "keep_every"}
-    | {"validate_every", "validation_batches", "log_every", "guard", "stuck_after_s", "model", "pretrained"}
+    | {"validate_every", "validation_batches", "validation_videos", "log_every", "trackers"}
+    | {"guard", "stuck_after_s", "model", "pretrained"}
     | {"policy", "embodiment", "execute_steps"}
 )
 """Of the configs of training runs, what reading does not depend on."""

@@ -88,9 +88,28 @@ def wait_for_workers(pid: int) -> bool:
     deadline = time.monotonic() + 60
     while not workers():
         assert time.monotonic() < deadline
-        if name_of(psutil.Process(pid)) == "" or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+        if not is_running(pid):
             return False
         time.sleep(0.05)
+    return True
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def kill(victim: str, pid: int) -> bool:
+    """False where there was nobody left to kill."""
+    try:
+        if victim == "build":
+            os.killpg(pid, signal.SIGKILL)
+        else:
+            random.choice(workers()).kill()
+    except (ProcessLookupError, psutil.NoSuchProcess, IndexError):
+        return False
     return True
 
 
@@ -111,11 +130,7 @@ def test_twenty_kills_change_no_byte(ray, recordings, tmp_path):
             if not wait_for_workers(pid):
                 break
             time.sleep(chance.uniform(0, LONGEST_WAIT_S))
-            if victim == "build":
-                os.killpg(pid, signal.SIGKILL)
-            elif alive := workers():
-                chance.choice(alive).kill()
-            kills[victim] += 1
+            kills[victim] += kill(victim, pid)
         if builds.exit_code() == 0:  # it was not caught in time: once more from the start
             assert digests(killed) == digests(alone)
             shutil.rmtree(killed)
