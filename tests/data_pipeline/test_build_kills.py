@@ -20,7 +20,7 @@ from tests.data_pipeline.recordings import numbered_frames, write_lerobot_v21, w
 from tests.data_pipeline.test_build import config_of, digests
 
 NUM_KILLS = 20
-LONGEST_WAIT_S = 2.0  # a build works for some three seconds once its workers are there
+LONGEST_WAIT_S = 1.0  # a build works for some two seconds once its workers are there
 WORKER = "ray::_work_on_row"
 # Starts builds by forking: importing torch and Ray anew for each of them would take most of the test's time.
 STARTER = """
@@ -114,6 +114,7 @@ def kill(victim: str, pid: int) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # how often a build has to start again is chance
 def test_twenty_kills_change_no_byte(ray, recordings, tmp_path):
     """One Ray for all builds, as on a cluster: starting it anew each time would take minutes."""
     alone, killed = tmp_path / "alone", tmp_path / "killed"
