@@ -247,9 +247,9 @@ def train(
             timer.count_step(num_samples(batch) * engine.data_world_size, step_work(engine, batch))
             if trouble is not None:
                 events.trouble(trouble, report.was_applied, batch["keys"])
-                if guard.wants_rewind(trouble):
-                    state = rewind(checkpoints, ema, replace(state, guard=guard.state()), config.guard.max_rewinds)
-                    guard = Guard(config.guard, state.guard)
+                back = guard.wants_rewind(trouble) and rewind(checkpoints, ema, state, config.guard.max_rewinds)
+                if back:
+                    state, guard = back, Guard(config.guard, back.guard)
                     metrics.rewind(state.step)
                     events.note("rewound", to_step=state.step)
                     continue
@@ -298,8 +298,10 @@ def validate(
     )
 
 
-def rewind(checkpoints: Checkpoints, ema: ExponentialMovingAverage, state: TrainState, max_rewinds: int) -> TrainState:
-    """Back to the newest checkpoint's weights, while the data goes on; without a checkpoint, the state as it is."""
+def rewind(
+    checkpoints: Checkpoints, ema: ExponentialMovingAverage, state: TrainState, max_rewinds: int
+) -> TrainState | None:
+    """Back to the newest checkpoint's weights, while the data goes on; None where there is no checkpoint yet."""
     if state.rewinds == max_rewinds:
         raise UserError(
             f"Step {state.step} would be the {max_rewinds + 1}th to go back from (guard.max_rewinds={max_rewinds}); "
@@ -308,7 +310,7 @@ def rewind(checkpoints: Checkpoints, ema: ExponentialMovingAverage, state: Train
     checkpoints.settle(wait_for_it=True)
     stored = checkpoints.load(ema)
     if stored is None:
-        return state
+        return None
     return replace(TrainState(**stored), rewinds=state.rewinds + 1, skipped_steps=state.skipped_steps)
 
 

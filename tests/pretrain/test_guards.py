@@ -156,6 +156,14 @@ def test_a_run_rewinds_to_its_checkpoint_and_leaves_the_spike_behind(tmp_path: P
     assert rows[24]["samples_seen"] == tiny.BATCH * (SPIKE + 2)
 
 
+def test_without_a_checkpoint_to_rewind_to_the_step_is_left_out(tmp_path: Path) -> None:
+    """Also the last one, whose checkpoint is what is exported."""
+    config = tiny.tiny_config(tmp_path, SPIKE + 1, guard={"on_spike": "rewind"}, checkpoint_every=100)
+    assert tiny.tiny_run(config, scale=spiked) == 0
+    assert [event["event"] for event in events(tmp_path)] == ["started", "loss_spike"]
+    assert (tmp_path / "export" / "model.safetensors").is_file()
+
+
 def test_a_run_rewinds_so_often_and_no_more(tmp_path: Path) -> None:
     config = tiny.tiny_config(tmp_path, 60, guard={"on_spike": "rewind", "max_rewinds": 2}, checkpoint_every=8)
     with pytest.raises(UserError, match=r"max_rewinds=2"):
