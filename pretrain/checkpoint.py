@@ -21,7 +21,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
@@ -98,6 +98,13 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[Checksums] | None = None
         self._step = 0  # of the checkpoint that is being written
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Whatever ends a run, nothing goes on writing behind it."""
+        self._thread.shutdown()
 
     @property
     def newest(self) -> Path:

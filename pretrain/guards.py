@@ -79,19 +79,24 @@ class Guard:
             return math.inf
         return NONE_AT_ALL if loss > self._limit(self._losses) else self._limit(self._grad_norms)
 
-    def review(self, step: int, loss: float, report: StepReport) -> Trouble | None:
-        """What was wrong with a step. A `UserError` where the run is to end for it."""
+    def review(self, loss: float, report: StepReport) -> Trouble | None:
+        """What was wrong with a step."""
         trouble = self._find_trouble(loss, report)
         if report.was_applied:
             self._losses.append(loss)
             self._grad_norms.append(report.grad_norm)
             self._num_in_a_row = 0
-            return trouble
-        self._num_in_a_row += 1
-        if trouble is not None and trouble.reason != "not_finite" and self.config.on_spike == "stop":
+        else:
+            self._num_in_a_row += 1
+        return trouble
+
+    def end_run_for(self, trouble: Trouble, step: int) -> None:
+        """Raises a `UserError` where the run is to end for it."""
+        if trouble.reason != "not_finite" and self.config.on_spike == "stop":
             raise UserError(
-                f"Step {step}: {trouble}, and guard.on_spike=stop; look at its data and at metrics.jsonl, then start "
-                "the same command again to go on from the last checkpoint, with guard.on_spike=skip to leave it out."
+                f"Step {step}: {trouble}, and guard.on_spike=stop; look at the samples that events.jsonl names, then "
+                "start the same command again to go on from the last checkpoint, with guard.on_spike=skip to leave "
+                "them out."
             )
         if self._num_in_a_row >= self.config.max_in_a_row:
             raise UserError(
@@ -99,7 +104,6 @@ class Guard:
                 "(guard.max_in_a_row); look at the losses in metrics.jsonl, lower the learning rate or mend the data, "
                 "and start again from an earlier checkpoint."
             )
-        return trouble
 
     def wants_rewind(self, trouble: Trouble) -> bool:
         return self.config.on_spike == "rewind" and trouble.reason != "not_finite"  # that has left the weights alone

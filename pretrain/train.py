@@ -36,7 +36,7 @@ from .engine import Engine, EngineConfig, OptimizerConfig, create_engine, learni
 from .evaluate import check_same_encoders
 from .events import EventLog
 from .exported import MODEL_YAML, WorldModelConfig, load_model_config, load_weights
-from .guards import Guard, GuardConfig
+from .guards import Guard, GuardConfig, Trouble
 from .metrics import MetricsLog, Progress, StepTimer
 from .run import (
     EXIT_DONE,
@@ -229,7 +229,7 @@ def train(
     reading = iter(batches)
     events = EventLog(config.run_dir, engine.rank, state.step, engine.layout)
     watchdog = Watchdog(config.run_dir, engine.rank, config.stuck_after_s)
-    with events, metrics, watchdog, telling_of_lost_workers(config.loader):
+    with events, metrics, checkpoints, watchdog, telling_of_lost_workers(config.loader):
         while state.step < config.num_steps:
             watchdog.alive()
             step = events.step = state.step + 1
@@ -239,7 +239,7 @@ def train(
             losses = forward_backward(engine, batch, sample_draws(engine, config.seed, step, batch), timer)
             loss = engine.mean_across_ranks({"loss": losses["loss"].item()})["loss"]  # waits for the device
             report = engine.step(learning_rate(config.optimizer, step, config.num_steps), guard.largest_norm(loss))
-            trouble = guard.review(step, loss, report)
+            trouble = guard.review(loss, report)
             if report.was_applied:
                 ema.update(engine, step)
             state.step, state.cursor = step, batches.cursor.model_dump()
@@ -247,8 +247,8 @@ def train(
             timer.count_step(num_samples(batch) * engine.data_world_size, step_work(engine, batch))
             if trouble is not None:
                 events.trouble(trouble, report.was_applied, batch["keys"])
-                back = guard.wants_rewind(trouble) and rewind(checkpoints, ema, state, config.guard.max_rewinds)
-                if back:
+                back = answer(trouble, guard, checkpoints, ema, state)
+                if back is not None:
                     state, guard = back, Guard(config.guard, back.guard)
                     metrics.rewind(state.step)
                     events.note("rewound", to_step=state.step)
@@ -298,6 +298,15 @@ def validate(
     )
 
 
+def answer(
+    trouble: Trouble, guard: Guard, checkpoints: Checkpoints, ema: ExponentialMovingAverage, state: TrainState
+) -> TrainState | None:
+    """What the guard does about a step: it ends the run, gives the state to go back to, or None to go on from here."""
+    checkpoints.settle(wait_for_it=True)
+    guard.end_run_for(trouble, state.step)
+    return rewind(checkpoints, ema, state, guard.config.max_rewinds) if guard.wants_rewind(trouble) else None
+
+
 def rewind(
     checkpoints: Checkpoints, ema: ExponentialMovingAverage, state: TrainState, max_rewinds: int
 ) -> TrainState | None:
@@ -307,7 +316,6 @@ def rewind(
             f"Step {state.step} would be the {max_rewinds + 1}th to go back from (guard.max_rewinds={max_rewinds}); "
             "look at events.jsonl and at the data it names, or lower the learning rate."
         )
-    checkpoints.settle(wait_for_it=True)
     stored = checkpoints.load(ema)
     if stored is None:
         return None

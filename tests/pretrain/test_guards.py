@@ -51,9 +51,9 @@ def test_a_noisy_loss_that_falls_is_in_line_and_a_jump_is_not(seed: int, level: 
     for step in range(300):
         loss = level * math.exp(slope * step) * (1 + 0.1 * noise.uniform(-1, 1))
         assert guard.largest_norm(loss) > 0
-        assert guard.review(step, *taken(loss)) is None
+        assert guard.review(*taken(loss)) is None
     assert guard.largest_norm(5 * level) < 0
-    trouble = guard.review(300, *taken(5 * level))
+    trouble = guard.review(*taken(5 * level))
     assert trouble is not None and trouble.reason == "loss_spike" and trouble.limit < 5 * level
 
 
@@ -61,20 +61,20 @@ def test_nothing_is_out_of_line_before_there_is_enough_to_compare_with() -> None
     guard = Guard(GuardConfig(on_spike="skip"), {})
     for step in range(MIN_HISTORY):
         assert guard.largest_norm(10.0**step) == math.inf
-        assert guard.review(step, *taken(10.0**step)) is None
+        assert guard.review(*taken(10.0**step)) is None
 
 
 def test_one_spike_does_not_hide_the_next() -> None:
     guard = Guard(GuardConfig(on_spike="log"), {})
-    for step in range(MIN_HISTORY):
-        guard.review(step, *taken(1.0))
-    assert all(guard.review(step, *taken(100.0)) is not None for step in range(5))
+    for _ in range(MIN_HISTORY):
+        guard.review(*taken(1.0))
+    assert all(guard.review(*taken(100.0)) is not None for _ in range(5))
 
 
 def test_its_state_says_all_it_knows() -> None:
     first = Guard(GuardConfig(on_spike="skip"), {})
     for step in range(40):
-        first.review(step, *taken(1.0 + step % 3, 2.0 + step % 5))
+        first.review(*taken(1.0 + step % 3, 2.0 + step % 5))
     second = Guard(first.config, json.loads(json.dumps(first.state())))
     assert second.largest_norm(1.0) == first.largest_norm(1.0) < math.inf
     assert second.state() == first.state()
@@ -174,8 +174,12 @@ def test_a_run_rewinds_so_often_and_no_more(tmp_path: Path) -> None:
 def test_a_run_can_stop_at_a_spike_and_go_on_without_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"Step {SPIKE + 1}: its loss of .* guard.on_spike=stop"):
         run(tmp_path, spiked, on_spike="stop")
+    assert find_checkpoints(tmp_path / "checkpoints")[-1].name == f"step_{SPIKE:08d}"  # written when the spike came
     assert run(tmp_path, spiked, on_spike="skip") == 0
-    assert [event["event"] for event in events(tmp_path)] == ["started", "failed", "started", "loss_spike"]
+    assert [event["event"] for event in events(tmp_path)] == [
+        *("started", "loss_spike", "failed"),
+        *("started", "loss_spike"),
+    ]
 
 
 def test_a_run_that_is_never_finite_ends(tmp_path: Path) -> None:
