@@ -123,6 +123,8 @@ def _cached_index(path: str, size: int, mtime_ns: int) -> VideoIndex:
                 num_packets += packet.dts is not None
                 continue
             num_packets += 1
+            if packet.has_sidedata("encryption_info"):  # now and then a decoder makes something of it
+                raise VideoError("undecodable_video", path, "its pictures are encrypted; decrypt the file first")
             if packet.is_keyframe and packet.pts is not None:
                 key_pts.append(packet.pts)
             is_cut = packet.is_corrupt  # set for a packet that the file's end cuts short, and where bytes were lost

@@ -427,6 +427,7 @@ def test_a_video_that_nobody_can_see(tmp_path: Path, has_pictures: bool) -> None
         container.mux(stream.encode(None))
     (bad,) = doctor(tmp_path).unreadable
     assert bad.reason == ("undecodable_video" if has_pictures else "not_a_video"), bad
+    assert ("encrypted" in bad.detail) == has_pictures
 
 
 # --- metadata that means something else ------------------------------------------------------------------------------
