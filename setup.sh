@@ -3,7 +3,8 @@
 #
 #   ./setup.sh                     both
 #   ./setup.sh --system-packages   the Debian libraries only
-#   ./setup.sh --test-packages     those, and what some tests skip without: a browser to open reports in, ffmpeg
+#   ./setup.sh --test-packages     those, and what some tests skip without: a browser to open reports in,
+#                                  ffmpeg, SLURM, shellcheck
 #
 # Environment:  PYTHON           the interpreter to build .venv from (default: the first python3 that is >= 3.11)
 #               TORCH_INDEX_URL  where pip takes torch from, for example a CPU-only or a CUDA 13 wheel index
@@ -57,6 +58,10 @@ missing_packages() {
     is_installed libglib2.0-0 glib-2.0.so.0 || echo libglib2.0-0
     $FOR_TESTS || return 0
     command -v ffmpeg >/dev/null || echo ffmpeg
+    # A real SLURM of two nodes, and what reads the scripts that are submitted to it.
+    command -v sbatch >/dev/null || echo slurm-wlm
+    [ -x /usr/sbin/munged ] || echo munge
+    command -v shellcheck >/dev/null || echo shellcheck
     # Ubuntu's package of this name is a snap, which does not run in containers.
     if grep -qx 'ID=debian' /etc/os-release; then
         command -v chromium >/dev/null || echo chromium

@@ -1,0 +1,289 @@
+"""A real SLURM of two nodes on this machine: its own daemons, ports, sockets and folders, gone when it is left.
+
+As a script it runs a command against such a cluster: `python tests/slurm/cluster.py sinfo --long`.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Self
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
+NODES = ("n1", "n2")
+SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+
+# cred_expire is also how long a requeued job waits before it starts anew: two minutes unless told otherwise.
+# Two partitions, so that a job can be preempted: what is submitted to `urgent` takes the nodes of jobs in `batch`.
+CONFIG = """
+ClusterName=foresight
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={controller_port}
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmctldLogFile={folder}/slurmctld.log
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool_%n
+SlurmdPidFile={folder}/slurmd_%n.pid
+SlurmdLogFile={folder}/slurmd_%n.log
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+MailProg=/bin/true
+PropagateResourceLimits=NONE
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SlurmdParameters=config_overrides
+ReturnToService=2
+SlurmdTimeout=10
+KillWait=5
+CompleteWait=0
+SchedulerType=sched/backfill
+SchedulerParameters=sched_interval=1,sched_min_interval=0,batch_sched_delay=0,bf_interval=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
+{nodes}
+PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
+"""
+
+
+def why_no_cluster() -> str:
+    """What keeps this machine from running one, or nothing."""
+    missing = [program for program in PROGRAMS if shutil.which(program, path=SEARCH_PATH) is None]
+    if missing:
+        return f"needs {', '.join(missing)}: ./setup.sh --test-packages"
+    if os.geteuid() != 0:
+        return "needs root: a SLURM daemon that starts jobs runs as root"
+    return ""
+
+
+class Cluster:
+    """As long as it is entered: a controller, two nodes of four CPUs (whatever the machine has), and munge.
+
+    `environment` is what commands need to find it. Nothing that it started outlives it, jobs included.
+    """
+
+    def __init__(self) -> None:
+        # Not pytest's folder, which is its owner's alone and too long a path for a socket: munge refuses both.
+        self.folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
+        self.folder.chmod(0o755)
+        self.config = self.folder / "slurm.conf"
+        self.environment = {**os.environ, "SLURM_CONF": str(self.config), "PATH": SEARCH_PATH}
+        self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+
+    def __enter__(self) -> Self:
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    # --- what tests do with it ----------------------------------------------------------------------------------------
+
+    def run(self, *command: str | Path, check: bool = True) -> str:
+        """The output of one of SLURM's commands, or of any that calls them."""
+        process = subprocess.run(
+            [str(word) for word in command], env=self.environment, capture_output=True, text=True, timeout=120
+        )
+        assert not check or process.returncode == 0, f"{command}: {process.stdout}{process.stderr}"
+        return process.stdout.strip()
+
+    def submit(self, *arguments: str | Path) -> str:
+        """The id of the job that sbatch makes of them."""
+        return self.run("sbatch", "--parsable", *arguments)
+
+    def job(self, job_id: str) -> dict[str, str]:
+        """What `scontrol show job` says of it: JobState, Restarts, NodeList, ..."""
+        return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "--oneliner", "show", "job", job_id)))
+
+    def wait_for_state(self, job_id: str, *states: str, timeout_s: float = 90) -> dict[str, str]:
+        """The job, once it is in one of these states."""
+        job: dict[str, str] = {}
+
+        def has_come() -> bool:
+            job.update(self.job(job_id))
+            return job["JobState"] in states
+
+        self.wait_until(has_come, f"job {job_id} to be {' or '.join(states)}", timeout_s)
+        return job
+
+    def wait_until(self, condition: Callable[[], bool], what: str, timeout_s: float = 90) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s for {what}\n{self.describe()}"
+            time.sleep(0.2)
+
+    def start_now(self, job_id: str) -> None:
+        """A requeued job that is held back (BeginTime) starts at once."""
+        self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")
+
+    def lose_node(self, node: str) -> None:
+        """As if its power was cut: daemon and jobs are gone in the same moment, and the controller is told."""
+        daemon = self._daemons.pop(node)
+        daemon.kill()
+        for pid in self.processes(node):
+            _kill(pid)
+        daemon.wait()
+        self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
+
+    def reset(self) -> None:
+        """Back to no jobs and both nodes."""
+        self.run("scancel", "--user=root")
+        for pid in self.processes():
+            _kill(pid)
+        self.wait_until(lambda: not self.run("squeue", "--noheader"), "no jobs")
+        for node in NODES:
+            if node not in self._daemons:
+                self.return_node(node)
+
+    def return_node(self, node: str) -> None:
+        self._start_daemon(node, "slurmd", "-D", "-N", node, "-f", str(self.config))
+        self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
+        self._wait_for_nodes()
+
+    def processes(self, node: str | None = None) -> list[int]:
+        """Ids of what runs in jobs here (on a node), and of the slurmstepd that looks after each."""
+        marks = [f"SLURM_CONF={self.config}", f"SLURMD_NODENAME={node or ''}"]
+        tasks = _processes_with(*marks)
+        return sorted(tasks | {pid for pid in map(_parent, tasks) if _name(pid) == "slurmstepd"})
+
+    def describe(self) -> str:
+        """Queue, nodes and the ends of the daemons' logs: for messages."""
+        if not self.config.exists():
+            return ""
+        logs = [f"{path.name}:\n" + "\n".join(_last_lines(path)) for path in sorted(self.folder.glob("*.log"))]
+        return "\n".join([self.run("squeue", "--long", check=False), self.run("sinfo", "-N", check=False), *logs])
+
+    # --- daemons ------------------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        controller_port, *node_ports = _free_ports(1 + len(NODES))
+        host = socket.gethostname().split(".")[0]
+        nodes = "\n".join(
+            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 RealMemory=8000 State=UNKNOWN"
+            for node, port in zip(NODES, node_ports, strict=True)
+        )
+        self.config.write_text(
+            CONFIG.format(host=host, controller_port=controller_port, folder=self.folder, nodes=nodes)
+        )
+        key = self.folder / "munge.key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o600)
+        names = {"key-file": key.name, "socket": "munge.socket", "pid-file": "munge.pid", "seed-file": "munge.seed"}
+        munge = [f"--{option}={self.folder / name}" for option, name in names.items()]
+        self._start_daemon("munged", "munged", "--foreground", *munge)
+        self.wait_until((self.folder / "munge.socket").exists, "munged")
+        self._start_daemon("slurmctld", "slurmctld", "-D", "-f", str(self.config))
+        for node in NODES:
+            (self.folder / f"spool_{node}").mkdir()
+            self._start_daemon(node, "slurmd", "-D", "-N", node, "-f", str(self.config))
+        self._wait_for_nodes()
+
+    def _start_daemon(self, name: str, *command: str) -> None:
+        """In the foreground, as a child that the kernel ends with us, however we end."""
+        with (self.folder / f"{name}.out").open("ab") as output:
+            self._daemons[name] = subprocess.Popen(
+                ["setpriv", "--pdeathsig", "KILL", *command],
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a Ctrl-C is for the tests, who then stop them in order
+            )
+
+    def _wait_for_nodes(self) -> None:
+        up = set(self._daemons) & set(NODES)
+
+        def are_up() -> bool:
+            for name, daemon in self._daemons.items():
+                assert daemon.poll() is None, f"{name} ended: {_last_lines(self.folder / f'{name}.out')}"
+            states = self.run("sinfo", "--noheader", "-N", "-p", "batch", "-o", "%N %T", check=False).splitlines()
+            return up <= {line.split()[0] for line in states if line.split()[1] in ("idle", "mixed", "allocated")}
+
+        self.wait_until(are_up, f"nodes {sorted(up)}")
+
+    def stop(self) -> None:
+        if "slurmctld" in self._daemons:
+            self.run("scancel", "--user=root", check=False)
+        for daemon in self._daemons.values():  # at once: their folder goes too, so there is nothing to put in order
+            daemon.kill()
+            daemon.wait()
+        self._daemons.clear()
+        for pid in _processes_with(f"SLURM_CONF={self.config}") - {os.getpid()}:  # jobs, whose daemons outlive ours
+            _kill(pid)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+# --- processes ----------------------------------------------------------------------------------------------------
+
+
+def _processes_with(*marks: str) -> set[int]:
+    """Those whose environment holds all of these."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # it has ended
+            environment = path.read_bytes().decode(errors="replace")
+            if all(mark in environment for mark in marks):
+                found.add(int(path.parent.name))
+    return found
+
+
+def _parent(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
+
+
+def _name(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _free_ports(number: int) -> list[int]:
+    """Different ones, because all are held until the last is found."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def _last_lines(path: Path, number: int = 15) -> list[str]:
+    with contextlib.suppress(OSError):
+        return path.read_text(errors="replace").splitlines()[-number:]
+    return []
+
+
+def main(command: Sequence[str]) -> int:
+    reason = why_no_cluster()
+    if reason:
+        sys.stderr.write(f"no cluster on this machine: {reason}\n")
+        return 2
+    with Cluster() as cluster:
+        return subprocess.run(command, env=cluster.environment).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:] or ["sinfo"]))
