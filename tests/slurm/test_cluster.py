@@ -46,8 +46,10 @@ def test_a_job_goes_on_without_a_lost_node_and_may_have_it_when_it_is_back(clust
     out = tmp_path / "out"
     script = batch_script(
         tmp_path / "job",
-        '[ "${SLURM_RESTART_COUNT:-0}" = 1 ] || srun --ntasks-per-node=1 sleep 600\nsrun --ntasks-per-node=1 printenv SLURMD_NODENAME\n',
+        '[ "${SLURM_RESTART_COUNT:-0}" = 1 ] || srun --ntasks-per-node=1 sleep 600\n'
+        "srun --ntasks-per-node=1 printenv SLURMD_NODENAME\n",
     )
+    # With --ntasks-per-node here, SLURM would take the smallest number of nodes for enough.
     job = cluster.submit("--nodes=1-2", "--requeue", f"--output={out}", script)
     cluster.wait_until(lambda: len(cluster.processes("n2")) >= 2, "tasks on n2")
     cluster.lose_node("n2")
