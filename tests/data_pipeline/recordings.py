@@ -1,7 +1,9 @@
 """Tiny recordings for tests: videos whose frames carry their own number, and LeRobot datasets made of them."""
 
+import contextlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -51,7 +53,7 @@ def write_video(
     """A video with the given presentation times (default: FPS, from zero)."""
     times = [round(1000 * i / FPS) for i in range(len(frames))] if times_ms is None else times_ms
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
+    with ordinary_scheduling(), av.open(str(path), "w") as container:
         stream: Any = container.add_stream(codec, rate=FPS)
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], pix_fmt
         stream.codec_context.time_base = time_base
@@ -67,6 +69,21 @@ def write_video(
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return path
+
+
+@contextlib.contextmanager
+def ordinary_scheduling() -> Iterator[None]:
+    """Afterwards this thread is scheduled as before.
+
+    SVT-AV1 makes the thread that opens it a real-time one (SCHED_FIFO 99) where it may, as root may, and every process
+    that it starts from then on is one, too. Ranks that wait by spinning then keep each other, and all else, from ever
+    running.
+    """
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
 
 
 def rotate_in_header(path: Path, matrix: Sequence[int]) -> None:

@@ -1,4 +1,5 @@
 import io
+import os
 import pickle
 from collections.abc import Iterator
 from fractions import Fraction
@@ -270,6 +271,12 @@ def test_damaged_bytes_give_frames_or_a_video_error(videos: dict[str, Path], dat
         decode_frames(path, range(min(NUM_FRAMES, probe_video(path).num_frames)))
     except VideoError as error:
         assert error.reason in ("not_a_video", "truncated_video", "undecodable_video")
+
+
+def test_encoding_av1_leaves_this_process_an_ordinary_one(tmp_path: Path) -> None:
+    policy = os.sched_getscheduler(0)
+    write_video(tmp_path / "av1.mp4", numbered_frames(range(2)), codec="libsvtav1", options={"preset": "12"})
+    assert os.sched_getscheduler(0) == policy
 
 
 def test_a_hole_in_the_middle_is_noticed_when_it_is_decoded(tmp_path: Path) -> None:
