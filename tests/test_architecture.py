@@ -48,6 +48,11 @@ STARTS_FAST = (
     "finetune.record",
 )
 
+# Batch scripts call these outside the container that has the packages.
+NEEDS_NO_PACKAGES = tuple(
+    f"slurm/{name}.py" for name in ("__init__", "attempt_files", "attempts", "errors", "preflight", "rank")
+)
+
 # Whoever unpickles a file runs the file.
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 DISTRIBUTIONS = {
@@ -102,6 +107,15 @@ def one_door(path: str, source: str) -> list[str]:
         f"{path}:{line}: {name} may be imported only in {ONLY_IN[name.split('.')[0]]}"
         for line, name in imports(path, source)
         if name.split(".")[0] in ONLY_IN and not path.startswith(ONLY_IN[name.split(".")[0]])
+    ]
+
+
+def no_packages(path: str, source: str) -> list[str]:
+    known = sys.stdlib_module_names | {name.replace("/", ".").removesuffix(".py") for name in NEEDS_NO_PACKAGES}
+    return [
+        f"{path}:{line}: works without packages, but imports {name}"
+        for line, name in imports(path, source)
+        if path in NEEDS_NO_PACKAGES and not {name.split(".")[0], ".".join(name.split(".")[:2])} & known
     ]
 
 
@@ -167,7 +181,7 @@ def packages_under_tests(repository: Path) -> list[str]:
     return [str(path.relative_to(repository)) for path in sorted(repository.glob("tests/**/__init__.py"))]
 
 
-RULES: tuple[Rule, ...] = (arrows, one_door, no_pickle, declared, plain_names, budgets)
+RULES: tuple[Rule, ...] = (arrows, one_door, no_packages, no_pickle, declared, plain_names, budgets)
 
 
 # --- held by the repository ---------------------------------------------------------------------------------------
@@ -227,6 +241,10 @@ def test_what_starts_fast_imports_nothing_slow():
         (one_door, "pretrain/train.py", "from .engine.deepspeed import DeepSpeedEngine", 0),
         (one_door, "finetune/record.py", "import metaworld\nimport mujoco\nimport gymnasium", 3),
         (one_door, "finetune/simulators/metaworld.py", "import metaworld, mujoco, gymnasium", 0),
+        (no_packages, "slurm/attempts.py", "import json, os.path\nfrom .errors import error_page", 0),
+        (no_packages, "slurm/attempts.py", "def f():\n    import yaml", 1),
+        (no_packages, "slurm/rank.py", "from configs.loader import UserError\nfrom .render import render", 2),
+        (no_packages, "slurm/submit.py", "from configs.loader import UserError", 0),
         (no_pickle, "pretrain/ema.py", "import pickle", 1),
         (no_pickle, "pretrain/ema.py", "def f():\n    from cloudpickle import loads", 1),
         (no_pickle, "pretrain/ema.py", "import numpy as np\nnp.load(p, allow_pickle=True)", 1),

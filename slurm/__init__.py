@@ -1,0 +1,1 @@
+"""Chains of jobs on a SLURM cluster: data, pretraining, fine-tuning, evaluation. Runs the stages, imports none."""
