@@ -67,6 +67,14 @@ def existing_folder(text: str) -> Path:
     return path
 
 
+def given_number(text: str) -> int:
+    """Of the command line."""
+    number = whole_number(text)
+    if number is None:
+        raise CommandError(f"command line: {text!r} is not a whole number; give one from 0 on.")
+    return number
+
+
 # --- files --------------------------------------------------------------------------------------------------------
 
 

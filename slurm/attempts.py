@@ -41,6 +41,7 @@ from .attempt_files import (
     attempt_name,
     attempt_numbers,
     existing_folder,
+    given_number,
     node_names,
     rank_rows,
     read_attempts,
@@ -246,7 +247,7 @@ def _arguments() -> argparse.Namespace:
     beginning.add_argument("folder", type=Path, help="of the job: RUN_DIR/slurm/<stage>")
     beginning.add_argument("--run-dir", type=Path, help="folder of the training run, whose checkpoints are progress")
     beginning.add_argument("--staging", type=Path, help="folder where a build stages its work, which is progress")
-    beginning.add_argument("--max-failures", type=_number, default=MAX_FAILURES, help="in a row (%(default)s)")
+    beginning.add_argument("--max-failures", type=given_number, default=MAX_FAILURES, help="in a row (%(default)s)")
     beginning.add_argument("--nodes", default="", help="names, with spaces or commas between them")
     ending = commands.add_parser("end", help="it has ended; writes done, requeue, stop or failed")
     ending.add_argument("folder", type=existing_folder)
@@ -261,13 +262,6 @@ def _write_errors(folder: Path, attempt: Attempt) -> None:
         sys.stderr.write(f"What went wrong is in {folder / ERRORS}.\n")
     except OSError as error:
         sys.stderr.write(f"{folder / ERRORS}: cannot be written ({error.strerror}).\n")
-
-
-def _number(text: str) -> int:
-    number = whole_number(text)
-    if number is None:
-        raise CommandError(f"command line: {text!r} is not a whole number; give one from 0 on.")
-    return number
 
 
 def _exit_code(text: str) -> int:

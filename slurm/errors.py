@@ -25,6 +25,7 @@ from .attempt_files import (
     Parser,
     attempt_name,
     existing_folder,
+    given_number,
     preflight_rows,
     rank_rows,
     read_attempts,
@@ -248,8 +249,8 @@ def _size(path: Path) -> int:
 def main() -> int:
     parser = Parser(prog="python -m slurm.errors", description="What went wrong in an attempt at a job, on one page.")
     parser.add_argument("folder", type=existing_folder, help="of the job: RUN_DIR/slurm/<stage>")
-    parser.add_argument("--attempt", type=int, help="its number; the last one where none is given")
-    parser.add_argument("--lines", type=int, default=TAIL_LINES, help="of each log (%(default)s)")
+    parser.add_argument("--attempt", type=given_number, help="its number; the last one where none is given")
+    parser.add_argument("--lines", type=given_number, default=TAIL_LINES, help="of each log (%(default)s)")
     given = parser.parse_args()
     attempts = {attempt.number: attempt for attempt in read_attempts(given.folder)}
     if not attempts:
