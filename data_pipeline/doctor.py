@@ -28,14 +28,16 @@ from rich.table import Table
 from rich.text import Text
 
 from configs.fields import fields_by_key
-from configs.loader import StrictConfig, UserError, dump_config, run_command
+from configs.loader import StrictConfig, UserError, run_command
 from configs.problems import explain, explain_refusal, suggest
+from configs.yaml_text import write_yaml
 
 from .embodiment_proposal import propose_embodiment
 from .embodiments import Embodiment
+from .recording_checks import copies, spans, still_values
 from .repairs import Repair, group_repairs, kind_of
 from .sources import FORMATS, Episode, Footage, Source, SourceConfig, SourceError, detect_kind
-from .sources.base import FootageInfo, printable, read_undamaged
+from .sources.base import FootageInfo, UnknownRateError, printable, read_undamaged
 from .sources.ros import RosSource
 from .sources.video_folder import VideoFolderSource
 from .sources.video_json import VideoJsonSource
@@ -44,7 +46,7 @@ from .video_io import VideoError
 SHOWN_LINES = 20  # of repairs and of unreadable episodes in the table; --json has them all
 FRAMES_AT_ONCE = 16  # held while they are looked at for damage
 MAX_PROPOSAL_EPISODES, MAX_PROPOSAL_ROWS = 20, 1000  # that a robot's layout is guessed from
-
+STAND_IN_HZ = 1e6  # to read what has no known rate; so fast that no action is taken for a velocity
 
 Tracked = TypeVar("Tracked")
 
@@ -100,7 +102,7 @@ class Report(BaseModel):
     num_episodes: int
     num_readable: int
     num_frames: int
-    duration_s: float
+    duration_s: float | None  # null, as the other rates here, where nobody knows how fast the steps came
     views: dict[str, ViewReport]
     num_with_actions: int
     action_dim: int | None
@@ -109,13 +111,24 @@ class Report(BaseModel):
     num_unread_lists: int  # of numbers, in JSON: they may be the actions
     num_with_instruction: int
     instructions: list[str]  # a few, the most common first
-    embodiment: Embodiment | None  # as the source has it
-    proposed_embodiment: Embodiment | None  # the same robot with what its numbers say; null where it has been described
+    embodiment: dict[str, Any] | None  # as the source has it
+    proposed_embodiment: dict[str, Any] | None  # with what its numbers say; null where it has been described
     proposal_reasons: list[str]
-    notes: list[str]  # what lies there and is not read
+    notes: list[str]  # what lies there and is not read, what has to be set, what looks wrong and is read all the same
     repairs: list[Repair]
     unreadable: list[Unreadable]
     damage: list[Damage] | None  # null: the frames were not decoded
+
+    def without_rate(self, why: str) -> Report:
+        """What holds of it whatever the rate is."""
+        views = {name: view.model_copy(update={"fps": []}) for name, view in self.views.items()}
+        layouts = {
+            name: layout and {**layout, "control_hz": None}
+            for name, layout in (("embodiment", self.embodiment), ("proposed_embodiment", self.proposed_embodiment))
+        }
+        note = f"{why} Until then a build refuses them, and doctor tells neither durations nor velocities."
+        known = {"duration_s": None, "control_hz": None, "views": views, "notes": [note, *self.notes]}
+        return self.model_copy(update=known | layouts)
 
 
 def main(config: DoctorConfig) -> int:
@@ -135,11 +148,22 @@ def examine(path: Path, kind: str, settings: dict[str, Any] | None = None, *, de
     config_class = FORMATS[kind].config
     config = _source_config(config_class, {"path": path, **(settings or {})})
     try:
-        return _report(FORMATS[kind].open(config), path, kind, settings or {}, decode)
+        return _report_at_any_rate(config, kind, settings or {}, decode)
     except UserError as error:
         raise UserError(_as_typed_here(str(error), config_class)) from None
     except SourceError as error:  # of what all episodes share
         raise UserError(f"{error.where}: {error.detail}.") from error
+
+
+def _report_at_any_rate(config: SourceConfig, kind: str, settings: dict[str, Any], decode: bool) -> Report:
+    """What can be said without a rate is said, where none is known."""
+    open_source = FORMATS[kind].open
+    try:
+        return _report(open_source(config), config.path, kind, settings, decode)
+    except UnknownRateError as unknown:
+        source = open_source(config.model_copy(update={"control_hz": STAND_IN_HZ}))
+        report = _report(source, config.path, kind, settings, decode)
+        return report.without_rate(_as_typed_here(str(unknown), type(config)))
 
 
 def _report(source: Source, path: Path, kind: str, settings: dict[str, Any], decode: bool) -> Report:
@@ -167,10 +191,14 @@ def _report(source: Source, path: Path, kind: str, settings: dict[str, Any], dec
         num_unread_lists=len(source.unread_lists()) if isinstance(source, VideoJsonSource) else 0,
         num_with_instruction=instructions.total(),
         instructions=[text for text, _ in instructions.most_common(5)],
-        embodiment=embodiment,
-        proposed_embodiment=proposed,
+        embodiment=_as_block(embodiment),
+        proposed_embodiment=_as_block(proposed),
         proposal_reasons=list(reasons),
-        notes=[_as_typed_here(note, FORMATS[kind].config) for note in _notes(source)],
+        notes=[
+            *(_as_typed_here(note, FORMATS[kind].config) for note in _notes(source)),
+            *still_values(episodes),
+            *copies(episodes),
+        ],
         repairs=_repairs(episodes, source.repairs(), len(episode_ids)),
         unreadable=[
             bad.model_copy(update={"detail": _as_typed_here(bad.detail, FORMATS[kind].config)}) for bad in unreadable
@@ -203,6 +231,10 @@ def _as_typed_here(sentence: str, config_class: type[SourceConfig]) -> str:
 def _notes(source: Source) -> list[str]:
     """These formats read what they are told to; the others read all that they know."""
     return source.notes() if isinstance(source, VideoFolderSource | VideoJsonSource | RosSource) else []
+
+
+def _as_block(embodiment: Embodiment | None) -> dict[str, Any] | None:
+    return None if embodiment is None else embodiment.model_dump(mode="json", by_alias=True)
 
 
 def _propose(recorded: Embodiment, episodes: list[Episode]) -> tuple[Embodiment, tuple[str, ...]]:
@@ -311,11 +343,11 @@ def show(report: Report, console: Console) -> None:
     if report.unreadable:
         console.print(_lines("episodes that cannot be read", "episode, reason", _by_reason(report.unreadable)))
     if report.damage:
-        lines = [(f"{bad.path}: frames {_spans(bad.frames)}", f"{bad.episode}, {bad.view}") for bad in report.damage]
+        lines = [(f"{bad.path}: frames {spans(bad.frames)}", f"{bad.episode}, {bad.view}") for bad in report.damage]
         console.print(_lines("damaged frames, which cost the clips that show them", "episode, view", lines))
     layout = report.proposed_embodiment or report.embodiment
     if layout is not None:
-        block = dump_config(layout).rstrip().replace("\n", "\n  ")
+        block = write_yaml(layout).rstrip().replace("\n", "\n  ")
         guessed = ", guessed from its names and numbers: check it, then" if report.proposed_embodiment else ";"
         console.print(Text(f"\nthe robot's layout{guessed} copy it into the source's config:", style="bold"))
         for reason in report.proposal_reasons:
@@ -344,20 +376,20 @@ def _summary(report: Report) -> Table:
 
 def _actions(report: Report) -> str:
     if report.embodiment:
-        return f"{report.action_dim} values at {report.control_hz:g} Hz"
+        return (
+            f"{report.action_dim} values at {f'{report.control_hz:g} Hz' if report.control_hz else 'an unknown rate'}"
+        )
     if report.num_unread_lists:
         return f"none read: choose with settings.action_keys ({report.num_unread_lists} lists found, see note)"
     return "none (action-free video)"
 
 
-def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.1f} s"
-        if seconds < 120
-        else f"{seconds / 60:.1f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "of unknown duration"
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _instructions(report: Report) -> str:
@@ -389,12 +421,6 @@ def _by_reason(unreadable: list[Unreadable]) -> list[tuple[str, str]]:
         who = f"{len(others) + 1} episodes: {first.reason}" if others else f"{first.episode}\n{first.reason}"
         lines.append((what, who))
     return lines
-
-
-def _spans(frames: list[int]) -> str:
-    """[3, 4, 5, 9] -> "3-5, 9"."""
-    runs = np.split(frames, np.flatnonzero(np.diff(frames) != 1) + 1)
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 def _lines(title: str, second: str, lines: list[tuple[str, str]]) -> Table:

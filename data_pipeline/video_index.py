@@ -65,6 +65,8 @@ class VideoIndex:
     codec: str
     average_rate: float  # as the header states it; 0: it does not
     picture: Picture
+    num_hidden: int  # frames that an edit list cuts away
+    num_streams: int  # of video, of which this is one
     damaged_keys: frozenset[int] = frozenset()  # numbers of keyframes after which packets are known to be damaged
 
     def position(self, frame: VideoFrame) -> int | None:
@@ -114,7 +116,7 @@ def _cached_index(path: str, size: int, mtime_ns: int) -> VideoIndex:
         key_pts: list[int] = []
         damaged_after: list[int] = []  # keyframes' timestamps
         end = -(2**62)
-        num_packets, is_cut = 0, False
+        num_packets, num_hidden, is_cut = 0, 0, False
         picture: Picture | None = None
         for packet in container.demux(stream):
             if picture is None:
@@ -130,7 +132,9 @@ def _cached_index(path: str, size: int, mtime_ns: int) -> VideoIndex:
             is_cut = packet.is_corrupt  # set for a packet that the file's end cuts short, and where bytes were lost
             if is_cut:
                 damaged_after += key_pts[-1:]
-            if not packet.is_discard:
+            if packet.is_discard:
+                num_hidden += 1
+            else:
                 pts.append(packet.pts)
                 end = max(end, (packet.pts or 0) + (packet.duration or 0))
         if not pts:
@@ -150,6 +154,8 @@ def _cached_index(path: str, size: int, mtime_ns: int) -> VideoIndex:
                 codec=stream.codec_context.codec.canonical_name,
                 average_rate=float(stream.average_rate or 0),
                 picture=picture,
+                num_hidden=num_hidden,
+                num_streams=len(moving_streams(container)),
                 damaged_keys=frozenset(np.searchsorted(keys, damaged_after).tolist()),
             )
     return _index_by_decoding(path, picture)
@@ -181,6 +187,8 @@ def _index_by_decoding(path: str, picture: Picture) -> VideoIndex:
             codec=stream.codec_context.codec.canonical_name,
             average_rate=float(stream.average_rate or 0),
             picture=picture,
+            num_hidden=0,
+            num_streams=len(moving_streams(container)),
         )
 
 
@@ -297,7 +305,7 @@ def video_stream(container: InputContainer, path: PathLike) -> VideoStream:
     Of several: those marked as default before the others, then the largest picture, then the first. Cover pictures and
     streams without a decoder do not count.
     """
-    streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+    streams = moving_streams(container)
     if not streams:
         raise VideoError("not_a_video", path, "it has no video stream")
     decodable = [stream for stream in streams if stream.codec_context is not None and stream.time_base]
@@ -309,6 +317,11 @@ def video_stream(container: InputContainer, path: PathLike) -> VideoStream:
             stream.discard = Discard.all
     main.codec_context.thread_count = 1
     return main
+
+
+def moving_streams(container: InputContainer) -> list[VideoStream]:
+    """Its streams of video; cover pictures are none."""
+    return [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
 
 
 def decode_from_start(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:

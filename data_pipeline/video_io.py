@@ -68,7 +68,15 @@ class VideoInfo:
     rotation: int  # degrees anticlockwise that were needed to bring the stored picture upright
     pixel_aspect: float  # width / height of the stored pixels; 1 = square
     is_variable_rate: bool
+    is_hdr: bool
+    num_hidden: int  # frames that an edit list cuts away
+    num_streams: int  # of video, of which this is one
     size_bytes: int
+
+    @property
+    def bits(self) -> int:
+        """Of each colour, as stored."""
+        return max(component.bits for component in av.VideoFormat(self.pix_fmt).components)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -90,6 +98,9 @@ def probe_video(path: PathLike) -> VideoInfo:
         rotation=index.picture.rotation,
         pixel_aspect=index.picture.pixel_aspect,
         is_variable_rate=is_variable,
+        is_hdr=index.picture.is_hdr,
+        num_hidden=index.num_hidden,
+        num_streams=index.num_streams,
         size_bytes=os.path.getsize(path),
     )
 

@@ -27,6 +27,7 @@ from jaxtyping import UInt8
 # same bits on every processor.
 EXACT = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
 _UNTAGGED = (2, 3)  # matrix "unspecified" and "reserved", ITU-T H.273 table 4
+_HDR_TRANSFERS = (16, 18)  # PQ and HLG, ITU-T H.273 table 3
 _SQUARE_TOLERANCE = 0.01  # pixel aspect ratios closer to 1 than this are rounding (224/225), not geometry
 
 
@@ -53,6 +54,7 @@ class Picture:
     flip_x: bool
     flip_y: bool
     pix_fmt: str
+    is_hdr: bool
 
     @property
     def is_upright(self) -> bool:
@@ -75,6 +77,7 @@ class Picture:
             flip_x=flip_x,
             flip_y=flip_y,
             pix_fmt=frame.format.name,
+            is_hdr=int(frame.color_trc) in _HDR_TRANSFERS,
         )
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int64, UInt8
 from pydantic import Field, PositiveInt
 
-from configs.loader import StrictConfig
+from configs.loader import StrictConfig, UserError
 
 from ..align import nearest_frames
 from ..embodiments import Embodiment
@@ -189,6 +189,10 @@ class SourceError(Exception):
 
     def __reduce__(self) -> tuple[type[SourceError], tuple[str, str, str]]:  # exceptions cross process borders in Ray
         return SourceError, (self.reason, self.where, self.detail)
+
+
+class UnknownRateError(UserError):
+    """Neither the recordings nor the settings say how many steps there are in a second; `control_hz` would."""
 
 
 class SourceConfig(StrictConfig):

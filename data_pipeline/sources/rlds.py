@@ -26,7 +26,7 @@ from configs.loader import UserError
 
 from ..embodiments import Embodiment
 from ..video_io import VideoError
-from .base import Episode, SourceConfig, SourceError, StoredImages, content_sha256, key_safe
+from .base import Episode, SourceConfig, SourceError, StoredImages, UnknownRateError, content_sha256, key_safe
 from .rlds_metadata import Builder, Leaf, Shard, read_builder
 from .tfrecord import Feature, RecordError, index_records, parse_example, read_record
 
@@ -273,7 +273,7 @@ class RldsSource:
         hz = config.control_hz or (config.embodiment and config.embodiment.control_hz)
         hz = hz or PUBLISHED_HZ.get(self._builder.name)
         if hz is None:
-            raise UserError(
+            raise UnknownRateError(
                 f"{self._builder.root}: RLDS does not say how many steps there are in a second, and no rate is known "
                 f"for {self._builder.name}; set control_hz."
             )

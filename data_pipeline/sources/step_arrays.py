@@ -19,7 +19,7 @@ from pydantic import Field, PositiveFloat
 from configs.loader import UserError
 
 from ..embodiments import Embodiment
-from .base import SourceConfig, SourceError, as_bytes, key_safe
+from .base import SourceConfig, SourceError, UnknownRateError, as_bytes, key_safe
 
 ACTION_KEYS = ("action", "actions")
 PROPRIO_KEYS = ("proprio", "state", "states", "robot_state", "agent_pos", "robot_eef_pose", "qpos")
@@ -58,7 +58,9 @@ class StepArraysConfig(SourceConfig):
     def steps_per_s(self, where: Path) -> float:
         hz = self.control_hz or (self.embodiment.control_hz if self.embodiment is not None else None)
         if hz is None:
-            raise UserError(f"{where}: its files do not say how many steps there are in a second; set control_hz.")
+            raise UnknownRateError(
+                f"{where}: its files do not say how many steps there are in a second; set control_hz."
+            )
         return hz
 
 

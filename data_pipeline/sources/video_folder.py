@@ -30,6 +30,8 @@ from .base import (
 from .files import find_files, read_json, read_text, walk
 from .video_annotations import CAPTION_KEYS, Annotation, read_annotations
 
+OTHER_VIDEO_SUFFIXES = (".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ogv", ".mts", ".m2ts", ".gif", ".swf")
+LATE_START_S = 1.0  # muxers and B-frames make a few frames' worth, which is nothing to tell
 UNREAD_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".npy", ".npz", ".h5", ".hdf5")
 
 
@@ -172,9 +174,20 @@ def video_repairs(name: str, info: VideoInfo) -> tuple[str, ...]:
     if info.is_variable_rate:
         found.append(f"{name} has a variable frame rate: frames are placed by their timestamps.")
     if info.rotation:
-        found.append(f"{name} is stored turned by {info.rotation} degrees: frames are turned upright.")
+        turn = "half a turn" if info.rotation == 180 else "a quarter turn"  # in words: numbers are told of one episode
+        found.append(f"{name} is stored turned by {turn}: frames are turned upright.")
     if info.pixel_aspect != 1:
         found.append(f"{name} has pixels of aspect {info.pixel_aspect:.3f}: frames are scaled to square pixels.")
+    if info.bits > 8:
+        found.append(f"{name} has more than 8 bits a colour: they are rounded to 8.")
+    if info.is_hdr:
+        found.append(f"{name} has a high dynamic range: it is not tone-mapped, so frames look dull.")
+    if info.num_hidden:
+        found.append(f"{name} hides {info.num_hidden} frames by an edit list: they are left out.")
+    if info.num_streams > 1:
+        found.append(f"{name} is one of {info.num_streams} in its file: the default one is read, or else the largest.")
+    if abs(info.start_s) > LATE_START_S:
+        found.append(f"{name} begins at {info.start_s:.2f} s: its times count from its first frame.")
     return tuple(found)
 
 
@@ -209,6 +222,11 @@ def _unread_files(root: Path, videos: list[Path]) -> list[str]:
         notes.append(
             f"Files that are not read lie with the videos ({counts}): kind video_json reads actions and texts from "
             "JSON and npy, the setting `annotations` captions and segments from JSON and CSV."
+        )
+    other = ", ".join(f"{found[suffix]} {suffix[1:]}" for suffix in OTHER_VIDEO_SUFFIXES if found[suffix])
+    if other:
+        notes.append(
+            f"Files that may be videos are not read ({other}): convert them to one of {', '.join(VIDEO_SUFFIXES)}."
         )
     with_numbers = [path for path in sorted(captions) if path.is_file() and _holds_number_lists(path)][:1]
     if with_numbers:

@@ -97,6 +97,18 @@ def test_a_variable_rate_is_placed_by_time(tmp_path: Path) -> None:
     assert "variable frame rate" in episode.repairs[0]
 
 
+def test_what_frames_lose_by_becoming_eight_bit_rgb_is_told(tmp_path: Path) -> None:
+    tags = "colorprim=bt2020:transfer=smpte2084:colormatrix=bt2020nc"
+    write_video(tmp_path / "a.mp4", numbered_frames(range(3)), pix_fmt="yuv420p10le", options={"x264-params": tags})
+    write_video(tmp_path / "b.mkv", numbered_frames(range(3)), times_ms=[2000, 2100, 2200])
+    deep, late = (open_folder(tmp_path).read_episode(name) for name in open_folder(tmp_path).list_episodes())
+    assert [repair.partition(":")[0] for repair in deep.repairs] == [
+        "The video has more than 8 bits a colour",
+        "The video has a high dynamic range",
+    ]
+    assert late.repairs == ("The video begins at 2.00 s: its times count from its first frame.",)
+
+
 def test_a_bad_file_is_its_own_problem(tmp_path: Path) -> None:
     write_video(tmp_path / "good.mp4", np.zeros((3, 48, 64, 3), dtype=np.uint8))
     (tmp_path / "text.mp4").write_text("no video")
