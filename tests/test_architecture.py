@@ -46,6 +46,8 @@ STARTS_FAST = (
     "data_pipeline.verify",
     "finetune.demo",
     "finetune.record",
+    "slurm.submit",
+    "slurm.status",
 )
 
 # Batch scripts call these outside the container that has the packages.

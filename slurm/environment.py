@@ -1,0 +1,104 @@
+"""What a cluster is like: `slurm/env.sh`, read as plain NAME=value lines. Nothing in it is executed here."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from configs.loader import StrictConfig, UserError
+from configs.problems import explain
+
+_LINE = re.compile(r"(?P<export>export\s+)?(?P<name>[A-Za-z_]\w*)=(?P<value>.*)")
+# A value is one word of bash: bare, in single quotes, or in double quotes; a comment may follow.
+_VALUE = re.compile(r"""(?:(?P<bare>[^\s"'#][^\s"']*)|'(?P<single>[^']*)'|"(?P<double>[^"]*)")?(?:\s*|\s+\#.*)""")
+
+
+class ClusterConfig(StrictConfig):
+    """The settings of env.sh, each by the name that it has there."""
+
+    partition: str = Field("", alias="PARTITION", description="where jobs go; empty: the cluster's default")
+    account: str = Field("", alias="ACCOUNT", description="who pays")
+    qos: str = Field("", alias="QOS", description="quality of service")
+    modules: str = Field("", alias="MODULES", description="what `module load` loads first")
+    setup: str = Field("", alias="SETUP", description="a bash file to source first")
+    python: str = Field("", alias="PYTHON", description="with this project's packages; empty: the one that submits")
+    container: Literal["none", "pyxis", "apptainer"] = Field("none", alias="CONTAINER", description="what runs images")
+    image: str = Field("", alias="IMAGE", description="a .sqsh or .sif file, or docker://...")
+    mounts: str = Field("", alias="MOUNTS", description="host folders, comma-separated: folder or folder:inside")
+    network_interface: str = Field("", alias="NETWORK_INTERFACE", description="that ranks talk over")
+    scratch: str = Field("/tmp", alias="SCRATCH", min_length=1, description="a node's own disk")
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A cluster's settings, and the variables that its jobs get besides; values may hold $NAME, for bash to fill in."""
+
+    path: Path
+    cluster: ClusterConfig
+    exports: dict[str, str]
+
+
+def read_environment(path: Path) -> Environment:
+    """Raises a `UserError` that names the line that is no setting, or the setting that cannot be."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise UserError(
+            f"{path}: cannot be read ({reason}); copy slurm/env.sh, edit it, and name it in the chain: env=FILE."
+        ) from None
+    settings: dict[str, str] = {}
+    exports: dict[str, str] = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        name, value, is_export = _read_line(line.strip(), f"{path}, line {number}")
+        (exports if is_export else settings)[name] = value
+    try:
+        cluster = ClusterConfig.model_validate(settings)
+    except ValidationError as error:
+        raise UserError(explain(error, ClusterConfig, settings, path, ())) from None
+    _check_container(cluster, path)
+    return Environment(path, cluster, exports)
+
+
+def _read_line(line: str, where: str) -> tuple[str, str, bool]:
+    match = _LINE.fullmatch(line)
+    value = _VALUE.fullmatch(match["value"]) if match else None
+    if match is None or value is None:
+        raise UserError(
+            f"{where}: {line!r} is neither NAME=value nor `export NAME=value` with one value; put what has spaces "
+            "in quotes, and commands into a file that SETUP names."
+        )
+    word = next((text for text in value.groups() if text is not None), "")
+    if value["single"] is not None:
+        if "$" in word:
+            raise UserError(f"{where}: a $ in single quotes is not supported; write it in double quotes, or as it is.")
+    elif re.search(r"\$[^A-Za-z_{]|\$$|`|\\|;|&|\|", word) or re.search(r"\$\{(?!\w+\})", word):
+        raise UserError(
+            f"{where}: {word!r} is more than a value with $NAMEs in it; put commands into a file that SETUP names."
+        )
+    return match["name"], word, match["export"] is not None
+
+
+def _check_container(cluster: ClusterConfig, path: Path) -> None:
+    if cluster.container == "none":
+        if cluster.image:
+            raise UserError(f"{path}: IMAGE is given, but CONTAINER is none; set CONTAINER to pyxis or apptainer.")
+        return
+    if not cluster.image:
+        raise UserError(f"{path}: CONTAINER={cluster.container} needs IMAGE, a file or docker://...")
+    image = os.path.expandvars(cluster.image)
+    if image.startswith(("/", "./", "~")) and not Path(image).expanduser().exists():
+        raise UserError(f"{path}: there is no IMAGE={image}; build or import it first, or correct its path.")
+
+
+def filled_in(value: str, where: str) -> str:
+    """A value for sbatch, which fills in no variables itself."""
+    text = os.path.expandvars(value)
+    if "$" in text:
+        raise UserError(f"{where}: {value} uses a variable that is not set here; set it, or write the value out.")
+    return text

@@ -1,0 +1,82 @@
+# --- what every job does (slurm/job.sh) -------------------------------------------------------------------------------
+
+set -u # and no -e: the exit code of a step decides what comes next
+
+say() { echo "$(date '+%F %T') $*"; }
+mistake() { # nothing that another attempt would mend
+    echo "error: $*" >&2
+    exit 2
+}
+job_says() { scontrol show job "$SLURM_JOB_ID" | tr ' ' '\n' | sed -n "s/^$1=//p" | head -n 1; }
+
+cd "$WORK_DIR" || mistake "$WORK_DIR cannot be entered on $(hostname); submit from a folder that all nodes see."
+command -v scontrol >/dev/null ||
+    mistake "there is no scontrol on $(hostname), which requeues the job; submit from outside of any container."
+[ -x "$HOST_PYTHON" ] || HOST_PYTHON=python3
+export PYTHONPATH=$REPOSITORY${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+mkdir -p "$SCRATCH"
+for folder in "$JOB_FOLDER" "$SCRATCH"; do
+    { mkdir -p "$folder" && head -c 1000000 /dev/zero >"$folder/.room_$SLURM_JOB_ID"; } 2>/dev/null ||
+        mistake "$folder cannot be written on $(hostname): is its disk or your quota full?"
+    rm "$folder/.room_$SLURM_JOB_ID"
+done
+# Compiled kernels: a home folder would be slow, and shared by all nodes at once.
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$SCRATCH/triton-$(id -un)}
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$SCRATCH/inductor-$(id -un)}
+
+# Before the limit and before a preemption the job gets USR2. SLURM sends TERM to all that it is about to end, steps
+# included: then there is nothing to pass on.
+STEP='' STEP_SIGNAL=USR2 IS_STOPPING=no SIGNALS=0
+# shellcheck disable=SC2317 # traps call it
+on_signal() {
+    say "$1: the job is to end; waiting for it to save"
+    IS_STOPPING=yes SIGNALS=$((SIGNALS + 1))
+    [ "$1" = TERM ] || [ -z "$STEP" ] || kill -s "$STEP_SIGNAL" "$STEP" 2>/dev/null
+}
+trap 'on_signal USR2' USR2
+trap 'on_signal TERM' TERM
+
+begin_attempt() { # counts it, and makes the folder for its logs
+    NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | xargs)
+    ATTEMPT=$("$HOST_PYTHON" -m slurm.attempts begin "$JOB_FOLDER" --nodes "$NODES" "$@") || exit
+    export ATTEMPT_LOGS=$JOB_FOLDER/logs/attempt_$ATTEMPT
+    say "attempt $ATTEMPT on $NODES; logs are in $ATTEMPT_LOGS"
+}
+
+run_step() { # srun in the background, or bash would answer no signal before it ends
+    local seen code
+    "${SRUN[@]}" "$@" >>"$ATTEMPT_LOGS/launcher.log" 2>&1 &
+    STEP=$!
+    while :; do # a signal interrupts `wait`
+        seen=$SIGNALS
+        wait "$STEP"
+        code=$?
+        [ "$seen" = "$SIGNALS" ] && break
+    done
+    STEP=''
+    return $code
+}
+
+end_attempt() { # with the step's exit code, and the nodes to stay away from: this job again, or none, or the next one
+    local verdict code
+    verdict=$("$HOST_PYTHON" -m slurm.attempts end "$JOB_FOLDER" --exit-code "$1")
+    code=$?
+    say "attempt $ATTEMPT ended with exit code $1: $verdict"
+    [ "$verdict" != requeue ] || requeue "${2:-}"
+    exit $code
+}
+
+requeue() { # which ends this script: SLURM sends TERM, and gives it some seconds for what is left to do
+    local exclude
+    trap '' TERM
+    case $(job_says JobState) in
+    CANCELLED*) say "the job was cancelled" ;;
+    PENDING* | REQUEUE*) say "SLURM has requeued the job by itself" ;;
+    *) scontrol requeue "$SLURM_JOB_ID" || say "SLURM does not requeue this job; submit it again with slurm.resubmit" ;;
+    esac
+    if [ -n "$1" ]; then
+        exclude=$(job_says ExcNodeList)
+        exclude=${exclude#"(null)"}
+        scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${exclude:+$exclude,}$1"
+    fi
+}

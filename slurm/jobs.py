@@ -1,0 +1,99 @@
+"""What was submitted for a chain: `RUN_DIR/jobs.json`, and what has become of each task."""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from configs.loader import UserError, load_config
+
+from .attempts import Attempt, read_attempts
+from .chain import ChainConfig, Job, StageName, Task, plan_jobs
+from .scheduler import QueuedTask
+
+CHAIN_FILE, JOBS_FILE = "chain.yaml", "jobs.json"
+
+
+@dataclass(frozen=True)
+class Submission:
+    """One job in SLURM's queue. A stage that was submitted again has several; the last one with a task counts."""
+
+    stage: StageName
+    job_id: str
+    tasks: dict[str, str]  # index in the array ("" where it is none) -> name
+    depends_on: list[str]  # ids
+    submitted: str
+
+
+def read_chain(run_dir: Path) -> ChainConfig:
+    """The chain that was submitted into a folder."""
+    if not (run_dir / CHAIN_FILE).is_file():
+        raise UserError(f"{run_dir}: has no {CHAIN_FILE}; give the run_dir of a chain that slurm.submit has submitted.")
+    return load_config(ChainConfig, run_dir / CHAIN_FILE)
+
+
+def read_submissions(run_dir: Path) -> list[Submission]:
+    """In the order of submission; none where nothing was submitted."""
+    path = run_dir / JOBS_FILE
+    if not path.is_file():
+        return []
+    try:
+        return [Submission(**row) for row in json.loads(path.read_text(encoding="utf-8"))["jobs"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); restore it, or submit into another run_dir.") from None
+
+
+def write_submissions(run_dir: Path, submissions: Iterable[Submission]) -> None:
+    """Whole or not at all."""
+    partial = run_dir / f".{JOBS_FILE}"
+    partial.write_text(json.dumps({"jobs": [asdict(one) for one in submissions]}, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, run_dir / JOBS_FILE)
+
+
+@dataclass(frozen=True)
+class TaskState:
+    """Where a task of a stage stands."""
+
+    job: Job
+    index: str
+    task: Task
+    submission: Submission | None  # the last one that has it
+    queued: QueuedTask | None
+    attempts: list[Attempt]
+
+    @property
+    def batch_log(self) -> Path:
+        """What the batch script itself says."""
+        folder = self.task.folder.parent if self.index else self.task.folder
+        return folder / (f"batch_{self.index}.log" if self.index else "batch.log")
+
+    @property
+    def is_done(self) -> bool:
+        return bool(self.attempts) and self.attempts[-1].verdict == "done"
+
+    @property
+    def word(self) -> str:
+        """done, running, waiting, failed, stopped, lost, cancelled or not submitted."""
+        if self.queued is not None:
+            return "waiting" if self.queued.state == "PENDING" else "running"
+        if self.is_done:
+            return "done"
+        if self.submission is None:
+            return "not submitted"
+        of_this_job = [one for one in self.attempts if one.job_id.split("_")[0] == self.submission.job_id]
+        verdict = of_this_job[-1].verdict if of_this_job else "requeue"  # and yet it is not in the queue
+        return {"failed": "failed", "stop": "stopped", "requeue": "cancelled"}.get(verdict or "", "lost")
+
+
+def read_states(chain: ChainConfig, queue: dict[tuple[str, str], QueuedTask]) -> list[TaskState]:
+    """Every task of a chain, in the order of its stages."""
+    submissions = read_submissions(chain.run_dir)
+    states = []
+    for job in plan_jobs(chain):
+        of_stage = [one for one in submissions if one.stage == job.stage]
+        for index, task in job.tasks.items():
+            submission = next((one for one in reversed(of_stage) if index in one.tasks), None)
+            queued = queue.get((submission.job_id, index)) if submission else None
+            states.append(TaskState(job, index, task, submission, queued, read_attempts(task.folder)))
+    return states

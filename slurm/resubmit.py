@@ -1,0 +1,58 @@
+"""Goes on with a chain after something was put right: what is done stays, what failed, was stopped or never ran is due.
+
+    python -m slurm.resubmit RUN_DIR                 submits it again, with its failures forgotten
+    python -m slurm.resubmit RUN_DIR --dry-run       says what it would submit
+
+The sbatch files are written anew, from RUN_DIR/chain.yaml (where time, nodes and the like may be changed), the configs
+that it names and env.sh. What waits or works already is left alone, but for jobs that wait for one that has failed.
+"""
+
+import sys
+from pathlib import Path
+
+from pydantic import Field
+
+from configs.loader import StrictConfig, UserError, run_command
+
+from . import scheduler
+from .chain import StageName
+from .jobs import read_chain, read_states, read_submissions
+from .submit import submit_all, write_files, write_texts
+
+WAITS_FOR_EVER = "DependencyNeverSatisfied"
+
+
+class ResubmitConfig(StrictConfig):
+    """Which chain."""
+
+    run_dir: Path = Field(description="of the chain")
+    dry_run: bool = Field(False, description="only say what is due")
+
+
+def main(config: ResubmitConfig) -> int:
+    chain = read_chain(config.run_dir)
+    queue = scheduler.read_queue(one.job_id for one in read_submissions(chain.run_dir))
+    waiting_for_ever = [key for key, one in queue.items() if one.reason == WAITS_FOR_EVER]
+    states = read_states(chain, {key: one for key, one in queue.items() if key not in waiting_for_ever})
+    due: dict[StageName, list[str]] = {}
+    at_work: dict[StageName, dict[str, str]] = {}
+    for state in states:
+        if state.queued is not None and state.submission is not None:
+            at_work.setdefault(state.job.stage, {})[state.index] = state.submission.job_id
+        elif not state.is_done:
+            due.setdefault(state.job.stage, []).append(state.index)
+            sys.stdout.write(f"{state.job.stage:9} {state.task.name}: {state.word}, so it is due\n")
+    if not due:
+        raise UserError(f"{chain.run_dir}: nothing is due; see `python -m slurm.status {chain.run_dir}`.")
+    if config.dry_run:
+        return 0
+    jobs = {state.job.stage: state.job for state in states if state.job.stage in due}
+    scripts = write_texts(chain, list(jobs.values()))
+    write_files(chain, scripts)
+    scheduler.cancel([f"{job_id}_{index}" if index else job_id for job_id, index in waiting_for_ever])
+    submit_all(chain.run_dir, scripts, due, at_work)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main, ResubmitConfig, description=__doc__, positional="run_dir")

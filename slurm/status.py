@@ -1,0 +1,144 @@
+"""Where a chain stands: stage by stage what waits, works or has ended, how far it is, and where its logs are.
+
+python -m slurm.status RUN_DIR
+"""
+
+import json
+import os
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from configs.loader import StrictConfig, UserError, run_command
+from configs.yaml_text import parse_yaml
+
+from . import scheduler
+from .attempt_files import ERRORS, LOGS, attempt_name
+from .jobs import TaskState, read_chain, read_states, read_submissions
+
+TAIL_BYTES = 1 << 16  # of metrics.jsonl: enough for its last rows
+
+
+class StatusConfig(StrictConfig):
+    """Which chain."""
+
+    run_dir: Path = Field(description="of the chain")
+
+
+def main(config: StatusConfig) -> int:
+    chain = read_chain(config.run_dir)
+    queue = {}
+    try:
+        queue = scheduler.read_queue(one.job_id for one in read_submissions(chain.run_dir))
+    except UserError as error:  # the files alone tell most of it
+        sys.stdout.write(f"what waits and what works is not known: {error}\n")
+    states = read_states(chain, queue)
+    sys.stdout.write("\n".join(report(chain.run_dir, states)) + "\n")
+    return 0
+
+
+def report(run_dir: Path, states: Sequence[TaskState]) -> Iterator[str]:
+    """A line for each task, and below it what there is to know or to do; the parts of a build are counted together."""
+    for stage in dict.fromkeys(state.job.stage for state in states):
+        of_stage = [state for state in states if state.job.stage == stage]
+        if of_stage[0].job.pattern is not None:
+            words = Counter(state.word for state in of_stage)
+            counts = ", ".join(f"{number} {word}" for word, number in words.items())
+            yield f"{stage:9} {counts} of {len(of_stage)} parts"
+            of_stage = [state for state in of_stage if state.word in ("running", "failed", "stopped", "lost")]
+        for state in of_stage:
+            yield f"{stage:9} {'  '.join(filter(None, columns(state)))}"
+            yield from (f"{'':9}   {line}" for line in details(state))
+    if any(state.word in ("failed", "stopped", "lost", "cancelled", "not submitted") for state in states):
+        yield f"\nto go on after a fix: python -m slurm.resubmit {shlex.quote(str(run_dir))}"
+
+
+def columns(state: TaskState) -> Iterator[str]:
+    name = f"{state.task.name} " if state.index else ""
+    job = f"job {state.submission.job_id}{f'_{state.index}' if state.index else ''}" if state.submission else ""
+    yield f"{name}{state.word}"
+    yield job
+    if state.queued is not None and state.word == "waiting":
+        yield f"for {state.queued.reason}"
+    elif state.queued is not None:
+        yield f"on {state.queued.nodes}, {state.queued.time_left} left"
+    if state.attempts:
+        yield f"attempt {state.attempts[-1].number}"
+    if state.task.run_dir is not None:
+        yield progress(state.task.run_dir)
+
+
+def details(state: TaskState) -> Iterator[str]:
+    """Why it ended, and where its logs are."""
+    if not state.attempts:
+        if state.word == "cancelled":
+            yield f"it never began: cancelled, or what it waits for failed, or see {state.batch_log}"
+        return
+    last = state.attempts[-1]
+    if state.word in ("failed", "stopped", "lost", "cancelled"):
+        if last.reason:
+            yield last.reason
+        errors = state.task.folder / ERRORS
+        if errors.is_file():
+            yield f"errors: {errors}"
+    if state.word != "done":
+        yield f"logs: {state.task.folder / LOGS / attempt_name(last.number)}"
+
+
+# --- how far a training is ----------------------------------------------------------------------------------------
+
+
+def progress(run_dir: Path) -> str:
+    """Steps, the newest losses and what is left at the newest pace; nothing where it has not begun."""
+    rows = last_rows(run_dir / "metrics.jsonl")
+    train = next((row for row in reversed(rows) if row.get("split") == "train"), None)
+    if train is None:
+        return ""
+    held_out = next((row for row in reversed(rows) if row.get("split") == "validation" and "loss" in row), None)
+    num_steps = settled_steps(run_dir / "config.yaml")
+    parts = [f"step {train['step']}" + (f" of {num_steps}" if num_steps else "")]
+    for name, row in (("loss", train), ("held-out loss", held_out)):
+        if row is not None and isinstance(row.get("loss"), float):
+            parts.append(f"{name} {row['loss']:.4f}")
+    left_s = (num_steps - train["step"]) * train.get("step_s", 0.0) if num_steps else 0
+    if left_s > 0:
+        parts.append(f"{left_s / 3600:.1f} h to go" if left_s > 5400 else f"{left_s / 60:.0f} min to go")
+    return ", ".join(parts)
+
+
+def last_rows(path: Path) -> list[dict[str, Any]]:
+    """The end of a file of JSON lines, however long it is."""
+    try:
+        with path.open("rb") as file:
+            start = max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES)
+            file.seek(start)
+            lines = file.read().decode(errors="replace").split("\n")[1 if start else 0 :]
+    except OSError:
+        return []
+    rows = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
+
+
+def settled_steps(path: Path) -> int | None:
+    try:
+        settings = parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    steps = settings.get("num_steps") if isinstance(settings, dict) else None
+    return steps if isinstance(steps, int) else None
+
+
+if __name__ == "__main__":
+    run_command(main, StatusConfig, description=__doc__, positional="run_dir")

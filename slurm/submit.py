@@ -1,0 +1,188 @@
+"""Submits a chain of stages to SLURM: data -> pretrain -> finetune -> evaluate, each as soon as the one before is done.
+
+    python -m slurm.submit --config configs/slurm/demo.yaml --dry-run     prints every file and command, submits nothing
+    python -m slurm.submit --config configs/slurm/demo.yaml               submits
+    python -m slurm.status RUN_DIR                                        where it stands
+
+Jobs requeue themselves at their time limit and after failures, and go on where they were. What the cluster is like
+stands in slurm/env.sh; the sbatch files are written to RUN_DIR/slurm and can be submitted by hand, too.
+"""
+
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pydantic import Field
+
+from configs.loader import UserError, dump_config, run_command
+
+from . import scheduler
+from .chain import ChainConfig, Job, StageName, plan_jobs
+from .environment import Environment, filled_in, read_environment
+from .jobs import CHAIN_FILE, Submission, read_submissions, write_submissions
+from .render import Place, array_option, render, script_path
+from .stage_settings import check_stages
+
+
+class SubmitConfig(ChainConfig):
+    """A chain, and what to do with it."""
+
+    stage: StageName | None = Field(None, description="submit this stage alone; what comes before it must be there")
+    dry_run: bool = Field(False, description="print every file and every command instead")
+
+
+@dataclass(frozen=True)
+class Script:
+    """A job, and the file that was written for it."""
+
+    job: Job
+    path: Path
+    text: str
+    max_nodes: int
+
+
+def main(config: SubmitConfig) -> int:
+    chain = absolute(config)
+    jobs = plan_jobs(chain)
+    if config.stage is not None:
+        jobs = [job for job in jobs if job.stage == config.stage]
+        if not jobs:
+            raise UserError(f"stage={config.stage}: the chain has no such stage; add it to stages.")
+    scripts = write_texts(chain, jobs)
+    if config.dry_run:
+        sys.stdout.write(dry_run(scripts))
+        return 0
+    known = {one.stage for one in read_submissions(chain.run_dir)} & {job.stage for job in jobs}
+    if known:
+        raise UserError(
+            f"{chain.run_dir}: {', '.join(sorted(known))} was submitted before; look with `python -m slurm.status`, go "
+            f"on with `python -m slurm.resubmit {chain.run_dir}`, or choose another run_dir."
+        )
+    write_files(chain, scripts)
+    submit_all(chain.run_dir, scripts, {script.job.stage: list(script.job.tasks) for script in scripts}, {})
+    return 0
+
+
+def absolute(config: ChainConfig) -> ChainConfig:
+    """The chain alone, with paths that mean the same from anywhere."""
+    fields = {name: getattr(config, name) for name in ChainConfig.model_fields}
+    fields |= {"run_dir": config.run_dir.absolute(), "env": config.env.absolute()}
+    return ChainConfig(**fields)
+
+
+# --- the files ----------------------------------------------------------------------------------------------------
+
+
+def write_texts(chain: ChainConfig, jobs: Sequence[Job]) -> list[Script]:
+    """Every job's file, after all has been checked that can be without SLURM."""
+    environment, place = read_environment(chain.env), Place.here()
+    node_counts = check_stages(jobs, environment, place)
+    return [
+        Script(job, script_path(job, chain), render(job, chain, environment, place, counts), counts[-1])
+        for job, counts in zip(jobs, node_counts, strict=True)
+    ]
+
+
+def dry_run(scripts: Sequence[Script]) -> str:
+    """Every file, and the commands that would submit them, with ids where they are not known yet."""
+    parts = [f"==> {script.path}\n{script.text}" for script in scripts]
+    stages = [script.job.stage for script in scripts]
+    commands = []
+    for script in scripts:
+        job = script.job
+        parents = dict.fromkeys(job.tasks, f"${job.after}_job") if job.after in stages else {}
+        command = scheduler.submission(script.path, dependency(job, list(job.tasks), parents))
+        shown = " ".join(word if "$" in word else shlex.quote(word) for word in command)
+        commands.append(f"{job.stage}_job=$({shown})")
+    return "\n".join([*parts, "==> commands", *commands]) + "\n"
+
+
+def write_files(chain: ChainConfig, scripts: Sequence[Script]) -> None:
+    """Into the run folder, once SLURM has found nothing wrong with them."""
+    environment = read_environment(chain.env)
+    scheduler.require()
+    for script in scripts:
+        check_partition(script, environment)
+    try:
+        for script in scripts:
+            script.path.parent.mkdir(parents=True, exist_ok=True)
+            for task in script.job.tasks.values():
+                task.folder.mkdir(parents=True, exist_ok=True)
+            script.path.write_text(script.text, encoding="utf-8")
+            script.path.chmod(0o755)
+        (chain.run_dir / CHAIN_FILE).write_text(dump_config(chain), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be written ({error.strerror}); choose another run_dir.") from None
+    for script in scripts:
+        scheduler.check_script(script.path, f"stage {script.job.stage}")
+
+
+def check_partition(script: Script, environment: Environment) -> None:
+    """Needs as many nodes as the partition has at most."""
+    partition = script.job.config.partition or filled_in(environment.cluster.partition, str(environment.path))
+    fewest = getattr(script.job.config, "min_nodes", script.max_nodes)
+    scheduler.check_partition(partition, fewest, f"stage {script.job.stage}")
+
+
+# --- submission ---------------------------------------------------------------------------------------------------
+
+NotDone = Mapping[str, str]
+"""Index of a task that is not done yet -> id of the job that does it."""
+
+
+def submit_all(
+    run_dir: Path,
+    scripts: Sequence[Script],
+    due: Mapping[StageName, Sequence[str]],
+    at_work: Mapping[StageName, NotDone],
+) -> None:
+    """Submits the tasks that are due, each behind those that it needs: of the same submission, or at work already."""
+    submissions = read_submissions(run_dir)
+    not_done = {stage: dict(tasks) for stage, tasks in at_work.items()}
+    for script in scripts:
+        job = script.job
+        parents = not_done.get(job.after, {}) if job.after else {}
+        for indices in groups(job, due.get(job.stage, ()), parents):
+            waits_for = dependency(job, indices, parents)
+            array = array_option(indices, job) if job.is_array and len(indices) < len(job.tasks) else ""
+            job_id = scheduler.submit(scheduler.submission(script.path, waits_for, array))
+            submission = Submission(
+                stage=job.stage,
+                job_id=job_id,
+                tasks={index: job.tasks[index].name for index in indices},
+                depends_on=waits_for.split(":")[1:],
+                submitted=datetime.now(UTC).isoformat(timespec="seconds"),
+            )
+            submissions.append(submission)
+            write_submissions(run_dir, submissions)  # at once: whatever comes next, this one is in the queue
+            not_done.setdefault(job.stage, {}).update(dict.fromkeys(indices, job_id))
+            sys.stdout.write(f"{job.stage:9} job {job_id}{f' ({waits_for})' if waits_for else ''}\n")
+    sys.stdout.write(f"\npython -m slurm.status {shlex.quote(str(run_dir))}\n")
+
+
+def groups(job: Job, indices: Sequence[str], parents: NotDone) -> Iterator[list[str]]:
+    """Tasks that can be submitted together: those that wait for tasks of one job."""
+    if not job.follows_task_by_task:
+        if indices:
+            yield list(indices)
+        return
+    by_parent: dict[str, list[str]] = {}
+    for index in indices:
+        by_parent.setdefault(parents.get(index, ""), []).append(index)
+    yield from by_parent.values()
+
+
+def dependency(job: Job, indices: Sequence[str], parents: NotDone) -> str:
+    """As sbatch takes it; empty where nothing is to be waited for."""
+    if job.follows_task_by_task:
+        kind, ids = "aftercorr", [parents[index] for index in indices if index in parents]
+    else:
+        kind, ids = "afterok", list(parents.values())
+    return ":".join([kind, *dict.fromkeys(ids)]) if ids else ""
+
+
+if __name__ == "__main__":
+    run_command(main, SubmitConfig, description=__doc__)

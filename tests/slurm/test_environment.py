@@ -1,0 +1,85 @@
+"""env.sh is read as bash reads it; what is not a plain value is refused; words in scripts mean themselves."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from configs.loader import UserError
+from slurm.environment import filled_in, read_environment
+from slurm.render import _expanded, _quoted
+
+TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), max_size=12)
+
+
+def read(folder: Path, text: str):
+    (folder / "env.sh").write_text(text)
+    return read_environment(folder / "env.sh")
+
+
+def bash(script: str) -> str:
+    return subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
+
+
+def test_values_mean_what_bash_makes_of_them(tmp_path: Path):
+    lines = {
+        "A": "plain",
+        "B": "'in single quotes, with # and \"'",
+        "C": '"in double quotes, $HOME/x"',
+        "D": "/scratch/$USER/x # a comment",
+        "E": "",
+        "F": "a#b",
+        "G": "${HOME}_x",
+        "H": "mlx5_0,mlx5_1:1",
+    }
+    text = "".join(f"export {name}={value}\n" for name, value in lines.items())
+    exports = read(tmp_path, f"# comment\n\n{text}").exports
+    words = " ".join(_expanded(exports[name]) for name in lines)
+    said = bash(f"{text} printf '%s\\n' " + " ".join(f'"${name}"' for name in lines))
+    assert bash(f"printf '%s\\n' {words}") == said
+    assert filled_in("$HOME/x", "here") == os.environ["HOME"] + "/x"
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(TEXT, min_size=1, max_size=20))
+def test_words_in_scripts_mean_themselves(words: list[str]):
+    assert bash(f"printf '%s\\n' {' '.join(map(_quoted, words))}").split("\n")[:-1] == words
+
+
+def test_only_the_index_of_a_task_is_filled_in():
+    assert bash(f"SLURM_ARRAY_TASK_ID=7; printf %s {_quoted('a b=$SLURM_ARRAY_TASK_ID/$HOME')}") == "a b=7/$HOME"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("PARTITOIN=gpu", 'did you mean "PARTITION"'),
+        ("CONTAINER=docker", "CONTAINER"),
+        ("CONTAINER=pyxis", "needs IMAGE"),
+        ("IMAGE=x.sif", "CONTAINER is none"),
+        ("CONTAINER=apptainer\nIMAGE=/no/such.sif", "there is no IMAGE=/no/such.sif"),
+        ("ACCOUNT = me", "line 1"),
+        ("ACCOUNT=me and you", "in quotes"),
+        ("module load cuda", "SETUP"),
+        ("ACCOUNT=$(whoami)", "SETUP"),
+        ('ACCOUNT="`whoami`"', "SETUP"),
+        ("ACCOUNT=a;b", "SETUP"),
+        ("ACCOUNT='$HOME'", "single quotes"),
+        ("SCRATCH=", "SCRATCH"),
+    ],
+)
+def test_what_is_no_setting_is_told_in_one_sentence(tmp_path: Path, line: str, said: str):
+    with pytest.raises(UserError) as refused:
+        read(tmp_path, line + "\n")
+    assert said in str(refused.value) and str(tmp_path / "env.sh") in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_file_that_is_not_there_is_told_with_what_to_do(tmp_path: Path):
+    with pytest.raises(UserError, match=r"env\.sh: cannot be read .* copy slurm/env\.sh"):
+        read_environment(tmp_path / "env.sh")
+    with pytest.raises(UserError, match="not set here"):
+        filled_in("$SURELY_NOT_SET_ANYWHERE", "env.sh")
