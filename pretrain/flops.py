@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from .models.action_expert import ActionExpertConfig
 from .models.execution import Checkpointing
 from .models.video_dit import VideoDiTConfig
 
@@ -44,31 +45,83 @@ class Flops:
     def hardware(self) -> int:
         return self.model + self.recomputed
 
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.forward + other.forward, self.backward + other.backward, self.recomputed + other.recomputed)
+
 
 def world_model_tokens(
     config: VideoDiTConfig, latents: tuple[int, int, int], text: int, context_latent_frames: int = 1
 ) -> TokenCounts:
     """Clean context that sees itself, and a future that sees everything; `latents` is a clip's (t, h, w)."""
+    context, tokens = _video_tokens(config, latents, context_latent_frames)
+    return TokenCounts(tokens, context**2 + (tokens - context) * tokens, latents[0], text)
+
+
+def policy_tokens(
+    config: VideoDiTConfig, latents: tuple[int, int, int], text: int, context_latent_frames: int, action_horizon: int
+) -> tuple[TokenCounts, TokenCounts]:
+    """Of the video and the action expert: context sees itself, proprio both, future and actions see everything.
+
+    They share one attention, in which a query counts with its own expert.
+    """
+    context, video = _video_tokens(config, latents, context_latent_frames)
+    acting = 1 + action_horizon
+    everything = video + acting
+    return (
+        TokenCounts(video, context**2 + (video - context) * everything, latents[0], text),
+        TokenCounts(acting, context + 1 + action_horizon * everything, 2, text),
+    )
+
+
+def _video_tokens(config: VideoDiTConfig, latents: tuple[int, int, int], context_latent_frames: int) -> tuple[int, int]:
+    """Of the context, and of the whole clip."""
     (t, h, w), (s, p, q) = latents, config.patch_size
     per_frame = (h // p) * (w // q)
-    context, tokens = context_latent_frames // s * per_frame, t // s * per_frame
-    return TokenCounts(tokens, context**2 + (tokens - context) * tokens, t, text)
+    return context_latent_frames // s * per_frame, t // s * per_frame
 
 
 def training_flops(
     config: VideoDiTConfig, counts: TokenCounts, checkpointing: Checkpointing = "none", fused_attention: bool = True
 ) -> Flops:
     """Of one clip, forward and backward. Fused attention computes its scores again in the backward pass."""
-    d, n, text = config.width, counts.tokens, counts.text
-    linear = 2 * n * (6 * d * d + 2 * d * config.ffn_dim) + 2 * text * 2 * d * d
-    scores = 2 * d * (counts.pairs + n * text)  # one product of queries and keys, self- and text attention
-    layers = config.num_layers * (linear + 2 * scores)
-    patch = math.prod(config.patch_size)
-    first = 2 * (n * config.in_channels * patch * d + text * config.text_dim * d + counts.rows * config.freq_dim * d)
-    rest = 2 * (text * d * d + counts.rows * 7 * d * d + n * d * config.out_channels * patch)
+    numbers = counts.tokens * math.prod(config.patch_size)
+    ends = numbers * config.in_channels, numbers * config.out_channels
+    return _expert_flops(config, config, counts, ends, checkpointing, fused_attention)
+
+
+def action_flops(
+    config: ActionExpertConfig,
+    video: VideoDiTConfig,
+    counts: TokenCounts,
+    action_dim: int,
+    proprio_dim: int,
+    checkpointing: Checkpointing = "none",
+    fused_attention: bool = True,
+) -> Flops:
+    """As `training_flops`, of the action expert beside that video expert: a token of proprio, and one per action."""
+    numbers = (counts.tokens - 1) * action_dim
+    return _expert_flops(config, video, counts, (proprio_dim + numbers, numbers), checkpointing, fused_attention)
+
+
+def _expert_flops(
+    expert: VideoDiTConfig | ActionExpertConfig,
+    shared: VideoDiTConfig,
+    counts: TokenCounts,
+    ends: tuple[int, int],
+    checkpointing: Checkpointing,
+    fused_attention: bool,
+) -> Flops:
+    """Heads, layers and text width are those that all experts share; `ends` are the numbers that go in and come out."""
+    d, n, text = expert.width, counts.tokens, counts.text
+    heads = shared.num_attention_heads * shared.attention_head_dim
+    linear = 2 * n * (6 * d * heads + 2 * d * expert.ffn_dim) + 2 * text * 2 * d * heads
+    scores = 2 * heads * (counts.pairs + n * text)  # one product of queries and keys, self- and text attention
+    layers = shared.num_layers * (linear + 2 * scores)
+    first = 2 * d * (ends[0] + text * shared.text_dim + counts.rows * expert.freq_dim)
+    rest = 2 * d * (text * d + counts.rows * 7 * d + ends[1])
     forward = layers + first + rest
-    backward = 2 * (layers + rest) + first  # nobody asks for the gradients of latents, text and sinusoids
-    recomputed = (layers if checkpointing == "full" else 0) + (config.num_layers * scores if fused_attention else 0)
+    backward = 2 * (layers + rest) + first  # nobody asks for the gradients of what goes in
+    recomputed = (layers if checkpointing == "full" else 0) + (shared.num_layers * scores if fused_attention else 0)
     return Flops(forward, backward, recomputed)
 
 

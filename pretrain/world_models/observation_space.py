@@ -188,23 +188,20 @@ class ObservationSpaceWorldModel(nn.Module):
     def num_tokens(self, latents: Float[Tensor, "b t c h w"]) -> int:
         return math.prod(self.video.grid((latents.shape[1], *latents.shape[3:])))
 
-    def work(self, batch: Batch, checkpointing: Checkpointing) -> tuple[int, Flops]:
-        """Tokens and training FLOPs of one clip, counted with `context_latent_frames` where their number is drawn."""
+    def latent_size(self, batch: Batch) -> tuple[int, int, int]:
+        """Frames, rows and columns of a clip's latents, whether the batch has them or video."""
         if "latents" in batch:
             frames, _, height, width = batch["latents"].shape[1:]
-        else:
-            frames, height, width, _ = batch["video"].shape[1:]
-            codec = self._codec()
-            frames, height, width = (
-                1 + (frames - 1) // TEMPORAL_STRIDE, height // codec.spatial_stride, width // codec.spatial_stride
-            )  # fmt: skip
-        counts = world_model_tokens(
-            self.config.video,
-            (frames, height, width),
-            batch["text_tokens"].shape[1],
-            self.config.context_latent_frames,
-        )
-        return counts.tokens, training_flops(self.config.video, counts, checkpointing)
+            return frames, height, width
+        frames, height, width, _ = batch["video"].shape[1:]
+        stride = self._codec().spatial_stride
+        return 1 + (frames - 1) // TEMPORAL_STRIDE, height // stride, width // stride
+
+    def work(self, batch: Batch, checkpointing: Checkpointing) -> tuple[int, Flops]:
+        """Tokens and training FLOPs of one clip, counted with `context_latent_frames` where their number is drawn."""
+        video, text = self.config.video, batch["text_tokens"].shape[1]
+        counts = world_model_tokens(video, self.latent_size(batch), text, self.config.context_latent_frames)
+        return counts.tokens, training_flops(video, counts, checkpointing)
 
     # The protocol -------------------------------------------------------------------------------------------------
 

@@ -3,11 +3,13 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from finetune.paradigms.joint_video_action import VISIBILITY, JointVideoAction, JointVideoActionConfig
 from pretrain.draws import SampleDraws
 from pretrain.flow_matching import FlowTimeConfig
 from pretrain.models.action_expert import NOISED_ACTIONS, ActionExpertConfig
+from pretrain.models.execution import Execution, set_execution
 from pretrain.models.token_groups import Rule
 from pretrain.models.video_dit import VideoDiTConfig
 from pretrain.world_models.observation_space import (
@@ -91,6 +93,30 @@ def test_a_clip_without_actions_trains_the_video_alone():
 def test_whoever_is_told_the_actions_is_not_asked_for_them():
     model, batch = awaken(make(conditioned_video_share=1.0)), make_batch()
     assert losses(model, batch)["action"] == 0
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_its_work_is_what_torch_counts(checkpointing):
+    model, batch = awaken(make(action_horizon=4)), make_batch(1)  # the chunk ends before the clip does
+    set_execution(model, Execution("math", checkpointing))
+    tokens, flops = model.work(batch, checkpointing)
+    assert tokens == 3 * 4 + 1 + 4
+    layers, heads, width, text = 2, 24, 20, 3
+    # What torch does besides: it conditions two latent frames on their actions (two linear layers), and projects the
+    # text for proprio and actions separately; but it does not read the context's four tokens of 16 numbers.
+    conditioner = 2 * 2 * (8 * heads + heads * heads)
+    text_again, unread = layers * 2 * text * 2 * width * heads, 2 * 4 * 16 * heads
+    draws = SampleDraws.seeded(0, 0, range(1))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.loss(batch, draws)
+    assert counter.get_total_flops() == flops.forward + conditioner + text_again - unread
+    with FlopCounterMode(display=False) as counter:
+        model.loss(batch, draws).total.backward()
+    # This attention keeps the scores that fused attention computes again. Context and proprio leave the last layer
+    # unused: its backward pass there is counted, though not computed.
+    kept = layers * 2 * heads * (4**2 + 8 * 17 + 5 + 4 * 17 + 17 * text)
+    computed = counter.get_total_flops() - 3 * (conditioner + text_again)
+    assert 0 <= flops.hardware - kept - computed < 0.15 * flops.model
 
 
 @torch.no_grad()

@@ -141,8 +141,10 @@ def test_both_runs_logged_every_part_of_their_loss(chain: Path):
     parts = {"pretrain": {"loss/video"}, "finetune": {"loss/video", "loss/action"}}
     for run_name, names in parts.items():
         rows = [json.loads(line) for line in (chain / run_name / "metrics.jsonl").read_text().splitlines()]
-        assert [row["step"] for row in rows if row["split"] == "train"] == [1, 2, 3, 4]
+        train = [row for row in rows if row["split"] == "train"]
+        assert [row["step"] for row in train] == [1, 2, 3, 4]
         assert all(names <= row.keys() and np.isfinite(row["loss"]) for row in rows)
+        assert all(0 < row["model_flops_per_s"] < row["hardware_flops_per_s"] for row in train)
 
 
 def test_the_export_alone_is_enough_to_act(chain: Path, tmp_path: Path):
