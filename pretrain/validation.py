@@ -19,30 +19,35 @@ NUM_BANDS = 4
 
 
 class FlowTimeBands:
-    """Losses of single samples, in equal bands of their flow times."""
+    """Losses of single samples, in equal bands of their flow times; a sample without one (NaN) does not count."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._counts = torch.zeros(NUM_BANDS, dtype=torch.float64)
+        self._counts: dict[str, Tensor] = {}
 
     def add(self, by_sample: Mapping[str, Tensor], flow_time: Tensor) -> None:
         band = (flow_time.double().cpu() * NUM_BANDS).long().clamp_max(NUM_BANDS - 1)
-        self._counts.index_add_(0, band, torch.ones(len(band), dtype=torch.float64))
         for name, values in by_sample.items():
-            sums = self._sums.setdefault(name, torch.zeros(NUM_BANDS, dtype=torch.float64))
-            sums.index_add_(0, band, values.double().cpu())
+            values = values.double().cpu()
+            has_one = ~values.isnan()
+            for sums, added in ((self._sums, values.nan_to_num()), (self._counts, has_one.double())):
+                sums.setdefault(name, torch.zeros(NUM_BANDS, dtype=torch.float64)).index_add_(0, band, added)
 
     def means(self, engine: Engine) -> dict[str, float]:
         """`loss/<part>/flow_time_<from>-<to>` over the samples of all ranks, without empty bands. Collective."""
-        counts = {f"{band}": count for band, count in enumerate(self._counts.tolist())}
-        sums = {f"{name}@{band}": total for name, of in self._sums.items() for band, total in enumerate(of.tolist())}
-        means = engine.mean_across_ranks({**counts, **sums})
-        return {
-            f"loss/{name}/flow_time_{_limits(band)}": means[f"{name}@{band}"] / count
-            for name in self._sums
-            for band in range(NUM_BANDS)
-            if (count := means[f"{band}"])
-        }
+        if not self._sums:
+            return {}
+        sums = engine.mean_across_ranks(_by_band(self._sums))
+        counts = engine.mean_across_ranks(_by_band(self._counts))
+        return {f"loss/{name}": sums[name] / count for name, count in counts.items() if count}
+
+
+def _by_band(of_parts: Mapping[str, Tensor]) -> dict[str, float]:
+    return {
+        f"{name}/flow_time_{_limits(band)}": value
+        for name, of_bands in of_parts.items()
+        for band, value in enumerate(of_bands.tolist())
+    }
 
 
 def _limits(band: int) -> str:

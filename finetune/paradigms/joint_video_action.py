@@ -126,10 +126,13 @@ class JointVideoAction(nn.Module):
         action_target = flow_matching.training_target(actions, action_noise, config.action_prediction)
         video_loss = F.mse_loss(video_pred.float(), video_target)
         counted = (valid & ~conditioned[:, None, None]).float()
-        squared = (action_pred.float() - action_target).square()
-        action_loss = (squared * counted).sum() / counted.sum().clamp_min(1)
+        squared = (action_pred.float() - action_target).square() * counted
+        action_loss = squared.sum() / counted.sum().clamp_min(1)
         total = config.video_loss_weight * video_loss + action_loss
-        by_sample = {} if self.training else {"video": flow_matching.errors_by_sample(video_pred, video_target)}
+        by_sample = {}
+        if not self.training:
+            of_actions = squared.detach().sum((1, 2)) / counted.sum((1, 2))  # NaN where none counts
+            by_sample = {"video": flow_matching.errors_by_sample(video_pred, video_target), "action": of_actions}
         return LossTerms(total, {"video": video_loss.detach(), "action": action_loss.detach()}, by_sample)
 
     def _denoise_all(

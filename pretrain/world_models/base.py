@@ -24,7 +24,7 @@ class LossTerms:
     total: Tensor
     parts: dict[str, Tensor]
     by_sample: Mapping[str, Tensor] = field(default_factory=dict)
-    """In evaluation mode, `[b]`: parts of which each sample has its own, at its own flow time."""
+    """In evaluation mode, `[b]`: parts that each sample has its own of, at its own flow time; NaN where it has none."""
 
 
 @runtime_checkable

@@ -90,6 +90,18 @@ def test_a_clip_without_actions_trains_the_video_alone():
     assert first["video"] == second["video"] > 0
 
 
+def test_each_sample_has_its_own_losses_where_it_has_actions():
+    model, batch = awaken(make()).eval(), make_batch()
+    batch["has_actions"][2] = batch["action_is_valid"][2] = False
+    batch["action_is_valid"][0, 4:] = False
+    terms = model.loss(batch, SampleDraws.seeded(1, 1, range(4)))
+    torch.testing.assert_close(terms.by_sample["video"].mean(), terms.parts["video"])
+    action = terms.by_sample["action"]
+    assert action.isnan().tolist() == [False, False, True, False]
+    weights = torch.tensor([1.0, 2.0, 2.0])  # by how many actions count
+    torch.testing.assert_close((action[[0, 1, 3]] * weights).sum() / 5, terms.parts["action"])
+
+
 def test_whoever_is_told_the_actions_is_not_asked_for_them():
     model, batch = awaken(make(conditioned_video_share=1.0)), make_batch()
     assert losses(model, batch)["action"] == 0

@@ -62,10 +62,12 @@ def test_empty_bands_are_left_out_and_the_others_are_means() -> None:
     engine = open_engine(FlowTimeIsTheLoss())
     bands = FlowTimeBands()
     bands.add({"video": torch.tensor([1.0, 3.0, 5.0])}, torch.tensor([0.1, 0.2, 1.0]))
-    bands.add({"video": torch.tensor([8.0])}, torch.tensor([0.0]))
+    bands.add({"video": torch.tensor([8.0]), "action": torch.tensor([2.0])}, torch.tensor([0.0]))
+    bands.add({"action": torch.tensor([torch.nan, 4.0, torch.nan])}, torch.tensor([0.1, 0.2, 0.9]))
     assert bands.means(engine) == {
         "loss/video/flow_time_0.00-0.25": pytest.approx(4.0),
         "loss/video/flow_time_0.75-1.00": pytest.approx(5.0),
+        "loss/action/flow_time_0.00-0.25": pytest.approx(3.0),  # without those that have no actions
     }
 
 
