@@ -31,7 +31,7 @@ MAX_BATCHES = 10_000
 
 OTHER_SETTINGS = frozenset(
     {"run_dir", "seed", "num_steps", "engine", "optimizer", "ema_decay", "checkpoint_every", "keep_last", "keep_every"}
-    | {"validate_every", "validation_batches", "validation_videos", "log_every", "trackers"}
+    | {"validate_every", "validation_batches", "imagine", "log_every", "trackers"}
     | {"guard", "stuck_after_s", "model", "pretrained"}
     | {"policy", "embodiment", "execute_steps"}
 )

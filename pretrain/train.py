@@ -37,6 +37,7 @@ from .evaluate import check_same_encoders
 from .events import EventLog
 from .exported import MODEL_YAML, WorldModelConfig, load_model_config, load_weights
 from .guards import Guard, GuardConfig, Trouble
+from .imagination import Imagination, ImagineConfig, MetricNetworks, ready_to_imagine
 from .metrics import MetricsLog, Progress, StepTimer
 from .run import (
     EXIT_DONE,
@@ -60,7 +61,6 @@ from .steps import (
 )
 from .trackers import TrackerName
 from .validation import validation_row
-from .validation_videos import ValidationVideos, check_videos
 from .wan_folder import load_wan
 from .watchdog import Watchdog
 from .world_models.observation_space import ObservationSpaceConfig, ObservationSpaceWorldModel, build_world_model
@@ -85,9 +85,7 @@ class TrainConfig(StrictConfig):
     )
     validate_every: int = Field(500, gt=0, description="steps between losses on the validation split")
     validation_batches: int = Field(4, gt=0, description="global batches of a validation loss, always the same ones")
-    validation_videos: int = Field(
-        0, ge=0, description="clips of the validation split that are imagined into run_dir/validation, and measured"
-    )
+    imagine: ImagineConfig = ImagineConfig()
     log_every: int = Field(10, gt=0, description="steps between rows of metrics.jsonl")
     trackers: tuple[TrackerName, ...] = Field(
         (), description="where the rows go besides: tensorboard (run_dir/tensorboard), wandb"
@@ -110,7 +108,7 @@ class PretrainConfig(TrainConfig):
 # A resumed run may differ in these: they leave the losses as they are, those of `engine` up to rounding.
 MAY_CHANGE = frozenset(
     {"run_dir", "num_steps", "checkpoint_every", "keep_last", "keep_every"}
-    | {"validate_every", "validation_batches", "validation_videos", "log_every", "trackers"}
+    | {"validate_every", "validation_batches", "log_every", "trackers"}
     | {"loader.num_workers", "loader.prefetch_factor", "loader.announced_batches"}
     | {"loader.check_sha256", "loader.max_bad_fraction"}
     | {"loader.dataset", "loader.storage"}  # where it lies: what is in it, the cursor sees to
@@ -118,6 +116,7 @@ MAY_CHANGE = frozenset(
     | {"engine.timeout_s", "stuck_after_s", "engine.attention", "engine.compile", "engine.activation_checkpointing"}
     | {"engine.offload_optimizer", "engine.offload_weights"}
     | {f"guard.{name}" for name in GuardConfig.model_fields}
+    | {f"imagine.{name}" for name in ImagineConfig.model_fields}
 )
 
 
@@ -217,7 +216,7 @@ def train(
     if batches is None:
         raise UserError(f"{config.loader.dataset}: its train split holds nothing to train on.")
     check_micro_batches(batches.batch_sizes, config.engine, engine.world_size)
-    check_videos(config.validation_videos, model, config.engine)
+    networks = ready_to_imagine(config.imagine, model, config.engine, batches.batch_sizes, engine.device)
     if engine.is_main:
         write_settings(config, engine)
     engine.barrier()
@@ -261,7 +260,7 @@ def train(
                 progress.show(row)
             is_last = step == config.num_steps
             if step % config.validate_every == 0 or is_last:
-                metrics.write(validate(config, engine, ema, open_batches, step, watchdog))
+                metrics.write(validate(config, engine, ema, open_batches, step, watchdog, networks))
                 timer.restart()
             is_stopping = engine.any_rank(stop.requested)
             if step % config.checkpoint_every == 0 or is_last or is_stopping:
@@ -287,14 +286,22 @@ def validate(
     open_batches: OpenBatches,
     step: int,
     watchdog: Watchdog,
+    networks: MetricNetworks,
 ) -> dict[str, Any] | None:
     batches = watchdog.watched(open_batches("validation", engine.data_rank, engine.data_world_size, Cursor()) or ())
+    imagination = Imagination(
+        *(config.imagine, networks, engine),
+        seed=config.seed,
+        step=step,
+        run_dir=config.run_dir,
+        on_clip=watchdog.alive,
+    )
     return validation_row(
         *(engine, ema, batches),
         num_batches=config.validation_batches,
         seed=config.seed,
         step=step,
-        videos=ValidationVideos(config.validation_videos, config.seed, config.run_dir),
+        imagination=imagination,
     )
 
 

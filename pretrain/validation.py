@@ -10,8 +10,8 @@ from torch import Tensor
 from .draws import SampleDraws
 from .ema import ExponentialMovingAverage
 from .engine import Engine
+from .imagination import Imagination
 from .steps import sample_draws
-from .validation_videos import ValidationVideos
 from .world_models.base import Batch
 
 NUM_BANDS = 4
@@ -62,7 +62,7 @@ def validation_row(
     num_batches: int,
     seed: int,
     step: int,
-    videos: ValidationVideos | None = None,
+    imagination: Imagination | None = None,
 ) -> dict[str, Any] | None:
     """Losses of the averaged weights on the first `num_batches`, with the same noise every time. Collective.
 
@@ -71,15 +71,14 @@ def validation_row(
     """
     losses: dict[str, list[float]] = defaultdict(list)
     bands = FlowTimeBands()
-    shown: dict[str, float] = {}
     with ema.swap_in(engine), engine.evaluating():
         for number, batch in zip(range(num_batches), batches, strict=False):
             terms = engine.forward_loss(batch, _draws(engine, seed, number, batch))
             losses["loss"].append(terms.total.item())
             for name, part in terms.parts.items():
                 losses[f"loss/{name}"].append(part.item())
-            if number == 0 and videos is not None:
-                shown = videos.show(engine, batch, step)
+            if imagination is not None:
+                imagination.look_at(batch)
             if terms.by_sample:
                 draws = _draws(engine, seed, number, batch)
                 flow_time = draws.stratified()
@@ -87,7 +86,8 @@ def validation_row(
     if not losses:
         return None
     means = engine.mean_across_ranks({name: sum(values) / len(values) for name, values in losses.items()})
-    return {"step": step, "split": "validation", **means, **bands.means(engine), **shown}
+    imagined = {} if imagination is None else imagination.figures()
+    return {"step": step, "split": "validation", **means, **bands.means(engine), **imagined}
 
 
 def _draws(engine: Engine, seed: int, number: int, batch: Batch) -> SampleDraws:

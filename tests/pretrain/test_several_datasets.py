@@ -17,6 +17,7 @@ from data_pipeline.video_io import ViewConfig, decode_clip
 from pretrain.exported import load_world_model
 from pretrain.metrics import read_metrics
 from pretrain.train import PretrainConfig, main
+from pretrain.video_metrics.i3d import I3d
 from tests.data_pipeline.tiny_dataset import tiny_dataset
 
 DUCK = Embodiment(name="duck", action_names=("yaw",), proprio_names=(), control_hz=20.0)
@@ -81,18 +82,28 @@ def test_work_and_losses_by_flow_time_are_measured(whole: Path) -> None:
 def test_clips_are_imagined_at_every_validation(
     run: Callable[..., Path], whole: Path, folders: dict[str, Path]
 ) -> None:
-    run_dir = run("videos", 8, validation_videos=2)
+    run_dir = run("videos", 8, imagine={"clips": 6, "videos": 2})
     names = [path.name for path in sorted((run_dir / "validation").iterdir())]
     assert names == [f"step_{step:08d}_clip_{clip:03d}.mp4" for step in (4, 8) for clip in (0, 1)]
     assert not (whole / "validation").exists()
     shown = rows(run_dir)
-    figures = [(row.pop("psnr"), row.pop("ssim")) for row in shown if row["split"] == "validation"]
-    assert all(0 < psnr < 99 and -1 < ssim < 1 for psnr, ssim in figures) and len(set(figures)) == 2
+    measured = ("psnr", "ssim", "latent_frechet", "imagined_clips")
+    figures = [tuple(row.pop(name) for name in measured) for row in shown if row["split"] == "validation"]
+    assert all(0 < psnr < 99 and -1 < ssim < 1 and distance > 0 for psnr, ssim, distance, _ in figures)
+    assert len(set(figures)) == 2 and 1 < figures[0][3] == figures[1][3] <= 6
     assert shown == rows(whole)  # looking changes nothing
     frames = decode_clip((run_dir / "validation" / names[0]).read_bytes())
     real, imagined = frames[:, :, : frames.shape[2] // 2], frames[:, :, frames.shape[2] // 2 :]
     first, last = (np.abs(real[i].astype(int) - imagined[i]).mean() for i in (0, -1))
     assert first < 4 and first < last  # the context is given, the future is not known
+
+
+def test_metrics_that_cannot_be_are_refused_before_the_first_step(run: Callable[..., Path], tmp_path: Path) -> None:
+    torch.save(I3d().state_dict(), tmp_path / "i3d.pt")
+    with pytest.raises(UserError, match=r"imagine\.i3d takes clips of at least 9 frames, but they are 16x16x5"):
+        run("no_fvd", 8, imagine={"clips": 2, "i3d": tmp_path / "i3d.pt"})
+    with pytest.raises(UserError, match=r"none\.pt: cannot be read \(No such file or directory\)"):
+        run("no_file", 8, imagine={"clips": 2, "i3d": tmp_path / "none.pt"})
 
 
 def test_both_sizes_are_trained_on_and_counted(whole: Path) -> None:
