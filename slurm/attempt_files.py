@@ -59,12 +59,10 @@ def run(main: Callable[[], int]) -> NoReturn:
     sys.exit(code)
 
 
-def existing_folder(text: str) -> Path:
-    """Of the command line. A path that is not there is mostly a misspelt one."""
-    path = Path(text).expanduser()
+def check_folder(path: Path) -> None:
+    """A path that is not there is mostly a misspelt one."""
     if not path.is_dir():
         raise CommandError(f"{path}: {'is a file' if path.exists() else 'no such folder'}; give the folder of a job.")
-    return path
 
 
 def given_number(text: str) -> int:

@@ -7,7 +7,7 @@
 rules: a command that stopped cleanly on a signal (75) is requeued, unless that happened twice in a row without progress
 (93); a mistake in the input (2) is not; any other end is a failure, and requeued up to `--max-failures` times in a
 row. Progress is a checkpoint further than all before it (with `--staging`, more finished records of a build): it resets
-both counts, and so does a new submission.
+both counts, and so does a new submission. Where no progress can be seen, stops are counted as failures are.
 
 Every attempt is two rows of FOLDER/attempts.jsonl. One that has no second row was lost with its node, or ended without
 warning: a failure too, which the next `begin` notes.
@@ -15,7 +15,6 @@ warning: a failure too, which the next `begin` notes.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from dataclasses import dataclass, replace
@@ -40,7 +39,7 @@ from .attempt_files import (
     append_row,
     attempt_name,
     attempt_numbers,
-    existing_folder,
+    check_folder,
     given_number,
     node_names,
     rank_rows,
@@ -70,11 +69,10 @@ class Standing:
         """After one more; `step` is None where progress cannot be seen."""
         is_further = step is not None and (self.best_step is None or step > self.best_step)
         is_stop = exit_code == EXIT_STOPPED
-        is_over = is_further or (step is None and is_stop)  # whatever was wrong before is not any more
         return Standing(
             best_step=step if is_further else self.best_step,
-            failures=(0 if is_over else self.failures) + (not is_stop and exit_code != 0),
-            stalls=0 if is_over else self.stalls + is_stop,
+            failures=(0 if is_further else self.failures) + (not is_stop and exit_code != 0),
+            stalls=0 if is_further else self.stalls + is_stop,
         )
 
 
@@ -84,7 +82,8 @@ def judge(standing: Standing, exit_code: int | None, max_failures: int) -> str:
         return DONE
     if exit_code == BAD_INPUT:
         return FAILED
-    if exit_code == EXIT_NO_PROGRESS or standing.stalls > MAX_STALLS:
+    max_stalls = max_failures if standing.best_step is None else MAX_STALLS
+    if exit_code == EXIT_NO_PROGRESS or standing.stalls > max_stalls:
         return STOP
     return FAILED if standing.failures > max_failures else REQUEUE
 
@@ -180,8 +179,8 @@ def _reason(attempt: Attempt, standing: Standing) -> str:
     rest = ""
     if attempt.exit_code == EXIT_STOPPED and attempt.verdict == STOP:
         rest = (
-            ", like the clean stop before it without any progress; give the job more time, or a longer lead between "
-            "the signal and its end"
+            f", as {standing.stalls} times now without progress; give the job more time, or a longer lead between the "
+            "signal and its end"
         )
     elif attempt.exit_code not in (0, BAD_INPUT, EXIT_NO_PROGRESS, EXIT_STOPPED):
         limit = "more than" if attempt.verdict == FAILED else "of at most"
@@ -217,13 +216,14 @@ def job_id_in_environment() -> str:
 
 
 def main() -> int:
-    given = _arguments()
+    given = command_line().parse_args()
     try:
         if given.command == "begin":
             nodes = node_names(given.nodes)
             number = begin(given.folder, given.run_dir, given.staging, given.max_failures, nodes)
             sys.stdout.write(f"{number:03d}\n")
             return 0
+        check_folder(given.folder)
         ended = end(given.folder, given.exit_code)
     except OSError as error:
         # What cannot be counted is not requeued: it might go round for ever.
@@ -240,7 +240,7 @@ def main() -> int:
     return {DONE: 0, REQUEUE: EXIT_STOPPED, STOP: EXIT_NO_PROGRESS}.get(ended.verdict or FAILED, ended.exit_code or 1)
 
 
-def _arguments() -> argparse.Namespace:
+def command_line() -> Parser:
     parser = Parser(prog="python -m slurm.attempts", description="Notes and judges the attempts at a job.")
     commands = parser.add_subparsers(dest="command", required=True)
     beginning = commands.add_parser("begin", help="an attempt begins; writes its number")
@@ -250,9 +250,9 @@ def _arguments() -> argparse.Namespace:
     beginning.add_argument("--max-failures", type=given_number, default=MAX_FAILURES, help="in a row (%(default)s)")
     beginning.add_argument("--nodes", default="", help="names, with spaces or commas between them")
     ending = commands.add_parser("end", help="it has ended; writes done, requeue, stop or failed")
-    ending.add_argument("folder", type=existing_folder)
+    ending.add_argument("folder", type=Path)
     ending.add_argument("--exit-code", type=_exit_code, required=True, help="of what launched the ranks")
-    return parser.parse_args()
+    return parser
 
 
 def _write_errors(folder: Path, attempt: Attempt) -> None:

@@ -24,7 +24,7 @@ from .attempt_files import (
     CommandError,
     Parser,
     attempt_name,
-    existing_folder,
+    check_folder,
     given_number,
     preflight_rows,
     rank_rows,
@@ -247,21 +247,24 @@ def _size(path: Path) -> int:
 
 
 def main() -> int:
-    parser = Parser(prog="python -m slurm.errors", description="What went wrong in an attempt at a job, on one page.")
-    parser.add_argument("folder", type=existing_folder, help="of the job: RUN_DIR/slurm/<stage>")
-    parser.add_argument("--attempt", type=given_number, help="its number; the last one where none is given")
-    parser.add_argument("--lines", type=given_number, default=TAIL_LINES, help="of each log (%(default)s)")
-    given = parser.parse_args()
+    given = command_line().parse_args()
+    check_folder(given.folder)
     attempts = {attempt.number: attempt for attempt in read_attempts(given.folder)}
     if not attempts:
-        raise CommandError(
-            f"{given.folder}: no attempt has begun there; give RUN_DIR/slurm/<stage>, the folder of a job."
-        )
+        raise CommandError(f"{given.folder}: no attempt has begun there; give a job's folder, RUN_DIR/slurm/<stage>.")
     number = max(attempts) if given.attempt is None else given.attempt
     if number not in attempts:
         raise CommandError(f"{given.folder}: has no attempt {number}; its attempts are {_ranges(attempts)}.")
     sys.stdout.write(error_page(given.folder, attempts[number], max(1, given.lines)))
     return 0
+
+
+def command_line() -> Parser:
+    parser = Parser(prog="python -m slurm.errors", description="What went wrong in an attempt at a job, on one page.")
+    parser.add_argument("folder", type=Path, help="of the job: RUN_DIR/slurm/<stage>")
+    parser.add_argument("--attempt", type=given_number, help="its number; the last one where none is given")
+    parser.add_argument("--lines", type=given_number, default=TAIL_LINES, help="of each log (%(default)s)")
+    return parser
 
 
 if __name__ == "__main__":

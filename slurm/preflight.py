@@ -37,7 +37,7 @@ from .attempt_files import (
     CommandError,
     Parser,
     attempt_name,
-    existing_folder,
+    check_folder,
     given_number,
     node_names,
     preflight_rows,
@@ -341,8 +341,9 @@ def _of_attempt(folder: Path, attempt: Attempt) -> list[str]:
 
 
 def main() -> int:
-    given = _arguments()
+    given = command_line().parse_args()
     if given.command == "exclude":
+        check_folder(given.folder)
         return exclude(given.folder, node_names(given.nodes))
     try:
         return check(given.folder, given)
@@ -354,7 +355,7 @@ def main() -> int:
         ) from None
 
 
-def _arguments() -> argparse.Namespace:
+def command_line() -> Parser:
     parser = Parser(prog="python -m slurm.preflight", description="Which nodes of an allocation are fit to work?")
     commands = parser.add_subparsers(dest="command", required=True)
     checking = commands.add_parser("check", help="on every node, under srun: leaves its row")
@@ -367,9 +368,9 @@ def _arguments() -> argparse.Namespace:
     checking.add_argument("--max-clock-skew-s", type=_amount, default=2.0, help="between nodes (%(default)s)")
     checking.add_argument("--limit-s", type=_amount, default=120.0, help="for the sum over all nodes (%(default)s)")
     excluding = commands.add_parser("exclude", help="in the batch script: writes the nodes to exclude")
-    excluding.add_argument("folder", type=existing_folder, help="of the job: RUN_DIR/slurm/<stage>")
+    excluding.add_argument("folder", type=Path, help="of the job: RUN_DIR/slurm/<stage>")
     excluding.add_argument("--nodes", default="", help="of this attempt; those that `attempts begin` was told, if none")
-    return parser.parse_args()
+    return parser
 
 
 def _amount(text: str) -> float:

@@ -18,6 +18,7 @@ from types import ModuleType
 import pytest
 
 from configs.loader import run_command
+from slurm.attempt_files import CommandError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ROOMS = ("configs", "data_pipeline", "pretrain", "finetune", "slurm")
@@ -86,10 +87,22 @@ def check_command(command: Sequence[str]) -> list[str]:
     if complaints or not is_ours(command):
         return complaints
     module, arguments = module_and_arguments(command)
+    if hasattr(
+        importlib.import_module(module), "command_line"
+    ):  # it works without packages, and so without run_command
+        return refusals_of_parser(module, arguments)
     config_class, positional = command_interface(module)
     with pytest.raises(SystemExit) as stopped, redirect_stderr(io.StringIO()) as stderr, redirect_stdout(io.StringIO()):
         run_command(lambda config: 0, config_class, description="", positional=positional, argv=arguments)
     return [f"refused: {shlex.join(command)}: {stderr.getvalue().strip()}"] if stopped.value.code else []
+
+
+def refusals_of_parser(module: str, arguments: Sequence[str]) -> list[str]:
+    try:
+        importlib.import_module(module).command_line().parse_args(arguments)
+    except CommandError as error:
+        return [f"refused: python -m {module} {shlex.join(arguments)}: {error}"]
+    return []
 
 
 def check_names(words: Sequence[str]) -> list[str]:
@@ -211,6 +224,10 @@ def toy_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     module = ModuleType("pretrain.toy_command")
     exec((tmp_path / "pretrain" / "toy_command.py").read_text(), module.__dict__)
     monkeypatch.setitem(sys.modules, "pretrain.toy_command", module)
+    (tmp_path / "pretrain" / "toy_parser.py").touch()
+    parser = ModuleType("pretrain.toy_parser")
+    exec("from slurm.errors import command_line", parser.__dict__)
+    monkeypatch.setitem(sys.modules, "pretrain.toy_parser", parser)
     monkeypatch.setitem(globals(), "REPOSITORY", tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -225,6 +242,7 @@ def bash(*lines: str) -> str:
     [
         bash("make demo", "make demo DATA=<path to a dataset>   # your own", "git clone x && cd x", "pip install -e ."),
         bash("python -m pretrain.toy_command --config configs/pretrain/toy.yaml steps=3"),
+        bash("python -m pretrain.toy_parser runs/data --lines 3"),
         bash("A=1 torchrun --nproc-per-node 2 \\", "  -m pretrain.toy_command data --steps 3 > log.txt 2>&1 &"),
         bash(
             "python -m pretrain.toy_command <dataset> | head",
@@ -264,6 +282,10 @@ def test_good_pages_pass(toy_repository: Path, page: str):
         (
             bash("python -m pretrain.toy_command data --steps many"),
             "refused: python -m pretrain.toy_command data --steps many",
+        ),
+        (
+            bash("python -m pretrain.toy_parser runs/data --lines few"),
+            "refused: python -m pretrain.toy_parser runs/data --lines few",
         ),
         ("Read `docs/pag.md`.", "no such path: docs/pag.md"),
         ("The folder benchmarks/ has it.", "no such path: benchmarks/"),

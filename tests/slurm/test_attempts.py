@@ -133,16 +133,14 @@ def test_with_progress_it_goes_on(codes: Sequence[int | None]) -> None:
         assert judge(standing, code, max_failures=1) == REQUEUE
 
 
-def test_a_job_without_checkpoints_is_requeued_after_every_clean_stop_but_not_every_failure() -> None:
-    standing = Standing()
-    for _ in range(10):
-        standing = standing.after(75, None)
-        assert judge(standing, 75, 1) == REQUEUE
-    verdicts = []
-    for code in (1, 75, 1, 1):
+@pytest.mark.parametrize(("code", "verdict"), [(75, STOP), (1, FAILED)])
+def test_where_no_progress_can_be_seen_all_attempts_count(code: int, verdict: str) -> None:
+    """An evaluation that is longer than its time limit."""
+    standing, verdicts = Standing(), []
+    for _ in range(3):
         standing = standing.after(code, None)
-        verdicts.append(judge(standing, code, 1))
-    assert verdicts == [REQUEUE, REQUEUE, REQUEUE, FAILED]
+        verdicts.append(judge(standing, code, max_failures=2))
+    assert verdicts == [REQUEUE, REQUEUE, verdict]
 
 
 # --- the ledger ---------------------------------------------------------------------------------------------------

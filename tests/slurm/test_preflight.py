@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 from collections import Counter, namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -91,8 +92,10 @@ def test_a_disk_that_hangs_is_not_waited_for(
     tmp_path: Path, command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preflight, "DISK_LIMIT_S", 0.05)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: subprocess.run(["sleep", "2"]))
+    answer = threading.Event()
+    monkeypatch.setattr(preflight, "_probe_disk", lambda disk, min_free_gb: (answer.wait(60), None))
     assert check(command, tmp_path)[1]["problems"] == {f"disk {tmp_path}": f"{tmp_path}: does not answer within 0.05 s"}
+    answer.set()
 
 
 @pytest.mark.parametrize(
