@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +86,10 @@ def error_page(folder: Path, attempt: Attempt, num_lines: int = TAIL_LINES) -> s
     parts += _section("the launcher and SLURM say", list(dict.fromkeys(notices))[:num_lines])
     if not (problems or endings or notices):
         parts.append("Nothing in its logs looks like an error.")
-    for path in [endings[0].log, *others] if endings else others:
+    for path in [endings[0].log] if endings else []:
         parts += _section(f"the end of {path}", _tail(path)[-num_lines:])
+    for path in others:  # whose tracebacks are of launchers: they say nothing of the command
+        parts += _section(f"the end of {path}", [line for line in _tail(path) if not line[0].isspace()][-num_lines:])
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -105,6 +107,9 @@ def find_endings(logs: Path, attempt: Attempt) -> list[Ending]:
         for rank, row in rows.items()
         if row.get("exit_code") not in CLEAN_EXITS
     ]
+    steps = [ending.step for ending in endings if ending.step is not None]
+    if steps:  # ranks go in step: where others were is where the one was that cannot say so any more
+        endings = [ending if ending.step is not None else replace(ending, step=max(steps)) for ending in endings]
     return sorted(endings, key=lambda ending: (ending.kind, ending.time, ending.rank))
 
 
@@ -185,7 +190,8 @@ def _describe(group: Sequence[Ending]) -> str:
     hosts = ", ".join(dict.fromkeys(ending.host for ending in group))
     step = "" if first.step is None else f" at step {first.step}"
     shard = "" if first.shard is None else f", reading {first.shard}"
-    who = f"{ranks} {_ranges(ending.rank for ending in group)} on {hosts}{step}{shard}, {utc(first.time)}"
+    when = f"last heard of {utc(first.time)}" if first.kind == VANISHED else utc(first.time)
+    who = f"{ranks} {_ranges(ending.rank for ending in group)} on {hosts}{step}{shard}, {when}"
     return f"{who}\n    {first.sentence}"
 
 

@@ -115,13 +115,13 @@ def test_who_is_to_blame(job: Job, error: str, kind: int) -> None:
 
 def test_a_killed_rank_comes_before_those_that_lost_it(job: Job) -> None:
     job.rank(0, LOST.format(rank=0, host="n1"), 1, ended=5.0)
-    job.rank(1, "step 12/100  loss 0.5\n", None, ended=0)
+    job.rank(1, "", None, ended=0)
     (job.logs / "launcher.log").write_text(
         "[1]:\n  rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: 101)\n"
         "slurmstepd: error: Detected 1 oom_kill event in StepId=7.0.\nsrun: error: n1: task 0: Out Of Memory\nhello\n"
     )
     page = job.page()
-    assert "rank 1 on n1 at step 12" in section(page, "first")
+    assert "rank 1 on n1 at step 42, last heard of" in section(page, "first")  # as the others say
     assert "was killed by signal 9 without a word" in section(page, "first")
     said = section(page, "the launcher and SLURM say")
     assert "oom_kill" in said and "Out Of Memory" in said and "hello" not in said
