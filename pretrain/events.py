@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import socket
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -18,6 +19,8 @@ from .guards import Trouble
 logger = logging.getLogger(__name__)
 
 EVENTS = "events.jsonl"
+RESERVE, RESERVE_BYTES = ".reserve", 1 << 20
+"""A file that is given up where the disk is full, so that there is room to say so."""
 
 _LOST_CONTACT = ("closed by peer", "reset by peer", "timed out", "not connected", "broken pipe")
 """What gloo says, in plain RuntimeErrors, when another rank is gone."""
@@ -37,16 +40,37 @@ class EventLog:
 
     def __init__(self, run_dir: Path, rank: int, step: int, layout: str) -> None:
         self._path, self._rank, self._layout = run_dir / EVENTS, rank, layout
+        self._reserve = run_dir / RESERVE
         self.step = step
 
     def note(self, event: str, **details: Any) -> None:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         row = {"time": now, "rank": self._rank, "host": socket.gethostname(), "step": self.step, "event": event}
+        line = json.dumps({**row, **details}, default=str) + "\n"
         try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**row, **details}, default=str) + "\n")  # one write: ranks do not mix theirs
+            try:
+                self._append(line)
+            except OSError:
+                self._reserve.unlink()  # raises where it is gone as well
+                self._append(line)
         except OSError as error:
             logger.warning("%s: %s; not noted: %s", self._path, error.strerror, event)
+
+    def _append(self, line: str) -> None:
+        size = self._path.stat().st_size if self._path.exists() else 0
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line)  # one write: ranks do not mix theirs
+        except OSError:
+            os.truncate(self._path, size)  # half a line would spoil the file
+            raise
+
+    def _keep_reserve(self) -> None:
+        try:
+            with self._reserve.open("ab") as file:
+                os.posix_fallocate(file.fileno(), 0, RESERVE_BYTES)
+        except OSError as error:
+            logger.warning("%s: %s", self._reserve, error.strerror)
 
     def trouble(self, trouble: Trouble, was_applied: bool, keys: Sequence[str]) -> None:
         """A step that was out of line, and the samples of this rank that were in it."""
@@ -64,6 +88,7 @@ class EventLog:
         self.note("straggler", own_s=own_s, median_s=median_s)
 
     def __enter__(self) -> Self:
+        self._keep_reserve()
         self.note("started", layout=self._layout)
         return self
 
@@ -71,6 +96,7 @@ class EventLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None:
+            self._reserve.unlink(missing_ok=True)
             return
         said = str(error).splitlines() or [""]
         self.note("failed", error=f"{type(error).__name__}: {said[0]}")

@@ -4,6 +4,7 @@ A row is one JSON object with `step` and `split` ("train" or "validation"). Floa
 so that two runs can be compared for equality; a number that is not finite becomes null, which keeps the file JSON.
 """
 
+import errno
 import json
 import logging
 import math
@@ -14,9 +15,10 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Self
 
 import torch
 
@@ -37,23 +39,30 @@ class MetricsLog:
     def __init__(self, path: Path, resumed_step: int, is_main: bool, trackers: Sequence[TrackerName] = ()) -> None:
         self._path, self._is_main = path, is_main
         check_trackers(trackers)
-        self._file: TextIO | None = None
+        self._file: FileIO | None = None
         self.rewind(resumed_step)
         self._trackers = Trackers(trackers if is_main else (), path.parent, resumed_step)
 
     def write(self, row: Mapping[str, Any] | None) -> None:
         """Appends a row; None, for what could not be measured, writes nothing."""
-        if self._file is not None and row is not None:
-            self._file.write(json.dumps({key: _finite(value) for key, value in row.items()}, allow_nan=False) + "\n")
-            self._file.flush()  # a run that is killed keeps every row it logged
-            self._trackers.write(row)
+        if self._file is None or row is None:
+            return
+        line = json.dumps({key: _finite(value) for key, value in row.items()}, allow_nan=False) + "\n"
+        try:
+            num_written = self._file.write(line.encode())
+        except OSError as error:
+            raise _not_written(self._path, error) from None
+        if num_written < len(line):  # what there was room for; the rest would not fit either
+            raise _not_written(self._path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        self._trackers.write(row)
 
     def rewind(self, step: int) -> None:
         """Drops the rows after a step that a run goes back to."""
         if self._is_main:
             self._close_file()
             _truncate(self._path, step)
-            self._file = self._path.open("a", encoding="utf-8")
+            # Without a buffer: a run that is killed keeps every row it logged, and a full disk is told where it is met.
+            self._file = self._path.open("ab", buffering=0)
 
     def close(self) -> None:
         self._close_file()
@@ -85,6 +94,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             raise UserError(f"{path}: line {number} is no row of metrics; restore the file or move it away.") from None
         rows.append(row)
     return rows
+
+
+def _not_written(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{path}: cannot be written ({error.strerror}); see to the disk's space and permissions, then start the same "
+        "command again: it goes on from the newest checkpoint that is there."
+    )
 
 
 def _truncate(path: Path, last_step: int) -> None:

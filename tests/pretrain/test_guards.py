@@ -5,6 +5,7 @@ import math
 import os
 import random
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -186,6 +187,8 @@ def test_a_run_that_is_never_finite_ends(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="none of the last 7 steps could be taken"):
         run(tmp_path, lambda batch: math.inf if batch > 3 else 1.0, max_in_a_row=7)
     assert read_metrics(tmp_path / "metrics.jsonl")[-1]["skipped_steps"] == 6
+    assert [event["event"] for event in events(tmp_path)] == ["started", *["not_finite"] * 7, "failed"]
+    assert "none of the last 7 steps could be taken" in events(tmp_path)[-1]["error"]
 
 
 # --- processes ----------------------------------------------------------------------------------------------------
@@ -226,3 +229,32 @@ def test_when_a_rank_dies_the_others_say_so(tmp_path: Path) -> None:
     failed = [event for event in events(tmp_path) if event["event"] == "failed"]
     assert [event["rank"] for event in failed] == [0]
     assert f"lost contact with the other ranks at step {failed[0]['step']}" in told
+
+
+OWN_MOUNTS = ["unshare", "--map-root-user", "--mount"]
+
+
+def may_mount() -> bool:
+    command = [*OWN_MOUNTS, "mount", "-t", "tmpfs", "none", "/mnt"]
+    return bool(shutil.which("unshare")) and subprocess.run(command, capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not may_mount(), reason="a small disk cannot be mounted here")
+def test_a_run_whose_disk_is_full_says_so_and_goes_on_when_there_is_room(tmp_path: Path) -> None:
+    script = SCRIPT.with_name("full_disk.py")
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[2])}
+    command = [*OWN_MOUNTS, sys.executable, str(script), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-2000:]
+    seen = json.loads(done.stdout.splitlines()[-1])
+
+    run, noted = seen["train"], seen["note"]
+    assert "step_00000010: cannot be written" in run["told"] and "No space left on device" in run["told"]
+    assert run["left"] == ["step_00000005"]
+    assert run["again"] == 0
+    assert [event["event"] for event in run["events"]] == ["started", "failed", "started"]
+    assert "No space left on device" in run["events"][1]["error"]
+
+    assert "metrics.jsonl: cannot be written (No space left on device)" in noted["told"]
+    assert noted["events"] == 101 and noted["had_room"]  # none was lost: room was kept for them
+    assert noted["metrics"][0] == noted["metrics"][1] > 0
