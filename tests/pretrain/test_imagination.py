@@ -63,17 +63,20 @@ class Ranks:
         return self.kept
 
 
+def figures_of(model: nn.Module, *args: Any, **changes: Any) -> dict[str, float]:
+    return figures_of_ranks(Ranks(model, 1), *args, **changes)
+
+
 @torch.no_grad()
-def figures_of(
-    model: nn.Module,
+def figures_of_ranks(
+    ranks: Ranks,
     batches: list[dict[str, Any]],
     run_dir: Path,
-    num_ranks: int = 1,
     networks: MetricNetworks = MetricNetworks(),  # noqa: B008
     **changes: Any,
 ) -> dict[str, float]:
     run_dir.mkdir(exist_ok=True)
-    ranks, config = Ranks(model, num_ranks), ImagineConfig(**({"clips": 5, "videos": 0} | changes))
+    config, num_ranks = ImagineConfig(**({"clips": 5, "videos": 0} | changes)), len(ranks.engines)
     figures: dict[str, float] = {}
     for engine in ranks.engines:
         imagination = Imagination(config, networks, engine, seed=3, step=7, run_dir=run_dir)
@@ -90,7 +93,10 @@ def test_any_number_of_ranks_imagines_and_measures_the_same_clips(num_ranks: int
     model, batches = make_model(), [make_batch()]
     alone = figures_of(model, batches, tmp_path / "alone", videos=2)
     assert alone["imagined_clips"] == 5
-    assert figures_of(model, batches, tmp_path / "several", num_ranks, videos=2) == alone
+    ranks = Ranks(model, num_ranks)
+    assert figures_of_ranks(ranks, batches, tmp_path / "several", videos=2) == alone
+    shares = [len(judged) for judged in ranks.kept]
+    assert sum(shares) == 5 and max(shares) - min(shares) <= 1
     several = {path.name: path.read_bytes() for path in (tmp_path / "several" / "validation").iterdir()}
     assert several == {path.name: path.read_bytes() for path in (tmp_path / "alone" / "validation").iterdir()}
     assert sorted(several) == ["step_00000007_clip_000.mp4", "step_00000007_clip_001.mp4"]
