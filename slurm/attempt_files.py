@@ -153,14 +153,14 @@ def read_attempts(folder: Path) -> list[Attempt]:
     """All attempts at a job, over all its submissions; none where it has not begun."""
     attempts: dict[int, Attempt] = {}
     for row in read_rows(folder / LEDGER):
-        number = row.get("attempt")
+        number, nodes = row.get("attempt"), row.get("nodes")
         if not isinstance(number, int):
             continue
         if row.get("event") == "begin":
             attempts[number] = Attempt(
                 number=number,
                 job_id=str(row.get("job_id", "")),
-                nodes=tuple(str(name) for name in row.get("nodes") or ()),
+                nodes=tuple(map(str, nodes)) if isinstance(nodes, list) else (),
                 run_dir=_path(row.get("run_dir")),
                 staging=_path(row.get("staging")),
                 max_failures=_integer(row.get("max_failures")) or 0,

@@ -18,6 +18,7 @@ from typing import Any
 
 from .attempt_files import (
     CLEAN_EXITS,
+    LEDGER,
     LOGS,
     PREFLIGHT,
     Attempt,
@@ -37,6 +38,7 @@ from .attempt_files import (
 
 SPOKE, VANISHED, LOST_CONTACT = range(3)
 TAIL_BYTES, TAIL_LINES, MAX_WIDTH = 64 * 1024, 20, 400
+YEAR_3000 = 32_503_680_000
 
 # In one's own words ("error: ..."), in the last line of a traceback whose head is cut off, of a dying interpreter.
 _SENTENCE = re.compile(r"^(?:error: |Fatal Python error: |terminate called |.*\bCUDA error: )")
@@ -234,7 +236,7 @@ def _tail(path: Path) -> list[str]:
 def _time(row: dict[str, Any], log: Path) -> float:
     """When it ended; of a rank that was killed, when it last wrote something."""
     ended = row.get("ended")
-    if isinstance(ended, (int, float)):
+    if isinstance(ended, (int, float)) and 0 <= ended < YEAR_3000:  # no NaN either
         return float(ended)
     try:
         return log.stat().st_mtime
@@ -255,9 +257,14 @@ def _size(path: Path) -> int:
 def main() -> int:
     given = command_line().parse_args()
     check_folder(given.folder)
-    attempts = {attempt.number: attempt for attempt in read_attempts(given.folder)}
+    try:
+        attempts = {attempt.number: attempt for attempt in read_attempts(given.folder)}
+    except OSError as error:
+        raise CommandError(f"{error.filename}: cannot be read ({error.strerror}); see to its permissions.") from None
     if not attempts:
-        raise CommandError(f"{given.folder}: no attempt has begun there; give a job's folder, RUN_DIR/slurm/<stage>.")
+        tasks = sorted(path.parent.name for path in given.folder.glob(f"*/{LEDGER}"))
+        where = f"of one of its tasks: {', '.join(tasks)}" if tasks else "of a job, RUN_DIR/slurm/<stage>"
+        raise CommandError(f"{given.folder}: no attempt has begun there; give the folder {where}.")
     number = max(attempts) if given.attempt is None else given.attempt
     if number not in attempts:
         raise CommandError(f"{given.folder}: has no attempt {number}; its attempts are {_ranges(attempts)}.")

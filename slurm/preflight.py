@@ -67,12 +67,14 @@ def check(folder: Path, given: argparse.Namespace) -> int:
     write(problems={UNFINISHED: "did not finish its checks"})  # until it has
     for inspect in (_disks, _memory, _gpus):
         _note(row, inspect(folder, given))
-    if num_nodes * max(1, given.gpus) > 1:
+    if not _have_come(folder, num_nodes, given.limit_s):
+        _note(row, {"problems": {ALL_REDUCE: f"waited {given.limit_s:g} s for nodes that have not come"}})
+    elif num_nodes * max(1, given.gpus) > 1:
         with _store(given.rendezvous, is_here=node_id == 0):
             _note(row, _network(given, node_id, num_nodes))
             write()
-            if node_id == 0 and "pairs" in row:
-                _wait_for_others(folder, num_nodes)
+            if node_id == 0 and "pairs" in row:  # others may not be done with theirs
+                _wait_for_rows(folder, num_nodes, 2 * PAIR_LIMIT_S, lambda row: UNFINISHED not in row["problems"])
     write()
     for problem in row["problems"].values():
         sys.stderr.write(f"{node}: {problem}\n")
@@ -260,14 +262,18 @@ def _store(rendezvous: str, is_here: bool) -> Iterator[None]:
             process.communicate()
 
 
-def _wait_for_others(folder: Path, num_nodes: int) -> None:
-    """Until their rows are final, or they must have given up."""
-    deadline = time.monotonic() + 2 * PAIR_LIMIT_S
-    while time.monotonic() < deadline:
-        rows = preflight_rows(folder).values()
-        if sum(UNFINISHED not in row["problems"] for row in rows) >= num_nodes:
-            return
-        time.sleep(1)
+def _have_come(folder: Path, num_nodes: int, limit_s: float) -> bool:
+    """Whether all nodes have left a row: some may still load their container's image."""
+    return _wait_for_rows(folder, num_nodes, limit_s, lambda row: True)
+
+
+def _wait_for_rows(folder: Path, number: int, limit_s: float, counts: Callable[[dict[str, Any]], bool]) -> bool:
+    deadline = time.monotonic() + limit_s
+    while sum(counts(row) for row in preflight_rows(folder).values()) < number:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 def _clock_offset(clocks: Sequence[float], node_id: int) -> float:

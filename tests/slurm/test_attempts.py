@@ -269,7 +269,7 @@ def test_whatever_a_kill_leaves_of_the_last_row_the_ledger_goes_on(
 def test_lines_that_are_no_rows_are_passed_over(tmp_path: Path, line: str) -> None:
     (tmp_path / LEDGER).write_text(line + "\n")
     assert read_attempts(tmp_path) == []
-    append_row(tmp_path / LEDGER, {"event": "begin", "attempt": 1, "nodes": "n1", "step": "x", "max_failures": None})
+    append_row(tmp_path / LEDGER, {"event": "begin", "attempt": 1, "nodes": 5, "step": "x", "max_failures": None})
     assert [one.number for one in read_attempts(tmp_path)] == [1]
 
 

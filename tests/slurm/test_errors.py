@@ -167,6 +167,16 @@ def test_a_node_that_was_not_fit_comes_first(job: Job) -> None:
     )
 
 
+@pytest.mark.parametrize("ended", ["NaN", "1e300", "-1", '"later"', "null", "true"])
+@pytest.mark.parametrize("other", ['"host": {"x": 1}', '"pid": "x"', '"exit_code": 99999999999999999999999'])
+def test_rows_may_hold_anything(job: Job, ended: str, other: str) -> None:
+    (job.logs / "rank_0000.json").write_text(f'{{"rank": 0, "ended": {ended}, {other}}}')
+    (job.run_dir / "events.jsonl").write_text(
+        '{"event": "failed", "time": "2999", "rank": 0, "error": {}, "step": [1]}'
+    )
+    assert "rank 0 on" in section(job.page(), "first")
+
+
 def test_logs_may_hold_anything(job: Job) -> None:
     log = (
         b"\xff\xfe\0\x1b[31mstep 5\x1b[0m\r\x1b[Kstep 6/9  loss 1\rstep 7/9  loss 1\n"
@@ -203,5 +213,9 @@ def test_any_attempt_can_be_asked_for(
     assert call(monkeypatch, job.folder, "--attempt", "1") == 0 and "of the first" in capsys.readouterr().out
     assert call(monkeypatch, job.folder, "--attempt", "9") == 2
     assert capsys.readouterr().err == f"error: {job.folder}: has no attempt 9; its attempts are 1-2.\n"
-    assert call(monkeypatch, job.run_dir) == 2 and "no attempt has begun there" in capsys.readouterr().err
+    assert call(monkeypatch, job.folder.parent) == 2
+    assert capsys.readouterr().err.endswith("begun there; give the folder of one of its tasks: pretrain.\n")
+    assert call(monkeypatch, job.run_dir) == 2 and "give the folder of a job, RUN_DIR" in capsys.readouterr().err
+    (job.run_dir / "attempts.jsonl").mkdir()
+    assert call(monkeypatch, job.run_dir) == 2 and "cannot be read (Is a directory)" in capsys.readouterr().err
     assert call(monkeypatch, job.run_dir / "no") == 2 and "no such folder" in capsys.readouterr().err

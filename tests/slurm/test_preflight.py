@@ -221,9 +221,13 @@ def test_nodes_that_reach_each_other_add_up(tmp_path: Path) -> None:
 
 
 def test_a_node_that_waits_in_vain_gives_up(tmp_path: Path) -> None:
-    node = start(tmp_path, 0, free_port(), "--limit-s", "1")
-    assert "n1: the all-reduce (gloo) failed: it takes too long" in node.communicate()[1]
+    node = start(tmp_path, 0, free_port(), "--limit-s", "0.5")
+    assert node.communicate()[1] == "n1: waited 0.5 s for nodes that have not come\n"
     assert node.returncode == 1 and nodes_to_exclude(tmp_path, ["n1", "n2"]) == ["n2"]  # which left no row
+    (tmp_path / "n2.json").write_text('{"node": "n2", "problems": {"unfinished": "did not finish its checks"}}')
+    node = start(tmp_path, 0, free_port(), "--limit-s", "1")
+    assert node.communicate()[1] == "n1: the all-reduce (gloo) failed: it takes too long\n"
+    assert node.returncode == 1 and nodes_to_exclude(tmp_path, ["n1", "n2"]) == ["n2"]
 
 
 # --- the verdict --------------------------------------------------------------------------------------------------
