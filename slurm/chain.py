@@ -344,7 +344,7 @@ def _command(
 # --- numbers of nodes ---------------------------------------------------------------------------------------------
 
 
-def usable_node_counts(config: TrainingConfig, settings: Mapping[str, Any] | None) -> list[int]:
+def usable_node_counts(name: str, config: TrainingConfig, settings: Mapping[str, Any] | None) -> list[int]:
     """The numbers of nodes in the stage's range over whose ranks a global batch can be cut equally, smallest first.
 
     `settings` are the training's own (None where they are not known).
@@ -361,10 +361,10 @@ def usable_node_counts(config: TrainingConfig, settings: Mapping[str, Any] | Non
         and batch_size % (count * config.ranks // sequence_parallel * micro_batches) == 0
     ]
     if not usable:
-        numbers = f"{counts[0]} nodes" if len(counts) == 1 else f"any of {counts[0]} to {counts[-1]} nodes"
+        numbers = f"{counts[0]} node(s)" if len(counts) == 1 else f"any of {counts[0]} to {counts[-1]} nodes"
         raise UserError(
-            f"loader.global_batch_size={batch_size} cannot be cut equally for {numbers} of {config.ranks} rank(s) with "
-            f"engine.sequence_parallel={sequence_parallel} and engine.grad_accum_steps={micro_batches}; change nodes "
-            "or the batch."
+            f"{name}: loader.global_batch_size={batch_size} cannot be cut equally for {numbers} of {config.ranks} "
+            f"rank(s) with engine.sequence_parallel={sequence_parallel} and engine.grad_accum_steps={micro_batches}; "
+            "change nodes or the batch."
         )
     return usable

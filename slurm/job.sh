@@ -7,7 +7,9 @@ mistake() { # nothing that another attempt would mend
     echo "error: $*" >&2
     exit 2
 }
-job_says() { scontrol show job "$SLURM_JOB_ID" | tr ' ' '\n' | sed -n "s/^$1=//p" | head -n 1; }
+JOB=$SLURM_JOB_ID # which of one task of an array may be that of all
+[ -z "${SLURM_ARRAY_TASK_ID:-}" ] || JOB=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+job_says() { scontrol show job "$JOB" | tr ' ' '\n' | sed -n "s/^$1=//p" | head -n 1; }
 
 cd "$WORK_DIR" || mistake "$WORK_DIR cannot be entered on $(hostname); submit from a folder that all nodes see."
 command -v scontrol >/dev/null ||
@@ -69,14 +71,15 @@ end_attempt() { # with the step's exit code, and the nodes to stay away from: th
 requeue() { # which ends this script: SLURM sends TERM, and gives it some seconds for what is left to do
     local exclude
     trap '' TERM
-    case $(job_says JobState) in
-    CANCELLED*) say "the job was cancelled" ;;
-    PENDING* | REQUEUE*) say "SLURM has requeued the job by itself" ;;
-    *) scontrol requeue "$SLURM_JOB_ID" || say "SLURM does not requeue this job; submit it again with slurm.resubmit" ;;
-    esac
+    # A job that SLURM is ending already was cancelled, or is requeued without us; or saving took longer than there was.
+    if [ "$(job_says JobState)" != RUNNING ] && [ "$SECONDS" -lt "$((TIME_S - 10))" ]; then
+        say "SLURM has ended the job; whether it goes on is not for the job to say"
+        return
+    fi
+    scontrol requeue "$JOB" || say "SLURM does not requeue this job; submit it again with slurm.resubmit"
     if [ -n "$1" ]; then
         exclude=$(job_says ExcNodeList)
         exclude=${exclude#"(null)"}
-        scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${exclude:+$exclude,}$1"
+        scontrol update JobId="$JOB" ExcNodeList="${exclude:+$exclude,}$1"
     fi
 }

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .chain import ARRAY_INDEX, ChainConfig, DataConfig, Job, Task, TrainingConfig, job_folder
+from .chain import ARRAY_INDEX, ChainConfig, DataConfig, Job, Task, TrainingConfig, job_folder, seconds
 from .environment import Environment, filled_in
 
 TEMPLATES = Path(__file__).resolve().parent
@@ -110,6 +110,7 @@ def settings(
     yield f"SCRATCH={_expanded(environment.cluster.scratch)}"
     yield from _array("SRUN", list(_srun(chain, environment, place)))
     yield from _array("PYTHON", list(_python(chain, environment, place, config.gpus_per_node)))
+    yield f"TIME_S={seconds(config.time)}"
     yield f"MAX_FAILURES={config.max_failures} # in a row"
     if isinstance(config, TrainingConfig):
         yield f"LEAD_S={config.lead_s}"

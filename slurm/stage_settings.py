@@ -49,5 +49,5 @@ def _node_counts(job: Job, answers: Sequence[Settings | None]) -> list[int]:
     config = job.config
     if not isinstance(config, TrainingConfig):
         return [getattr(config, "nodes", 1) if job.template == "ray.sbatch" else 1]
-    usable = [usable_node_counts(config, answer) for answer in answers]
+    usable = [usable_node_counts(f"stage {job.stage}", config, answer) for answer in answers]
     return [count for count in usable[0] if all(count in other for other in usable)]

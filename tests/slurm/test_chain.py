@@ -146,14 +146,14 @@ def test_a_batch_can_be_cut_for_every_usable_number_of_nodes(batch, fewest, more
         if count * ranks % parallel == 0 and batch % (count * ranks // parallel * micro_batches) == 0
     ]
     if fits:
-        assert usable_node_counts(config, settings) == fits
+        assert usable_node_counts("stage x", config, settings) == fits
     else:
         with pytest.raises(UserError, match=f"global_batch_size={batch} cannot be cut equally"):
-            usable_node_counts(config, settings)
+            usable_node_counts("stage x", config, settings)
 
 
 def test_without_the_stages_settings_every_number_may_do():
-    assert usable_node_counts(TrainingConfig(**STAGE, nodes={"min": 2, "max": 4}), None) == [2, 3, 4]
+    assert usable_node_counts("x", TrainingConfig(**STAGE, nodes={"min": 2, "max": 4}), None) == [2, 3, 4]
 
 
 # --- what waits for what ------------------------------------------------------------------------------------------

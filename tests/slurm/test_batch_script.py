@@ -1,0 +1,244 @@
+"""Jobs on a real cluster, with stages that only pretend: what the batch script does about how they end."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from slurm.attempt_files import read_attempts
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+# In attempt n it does the n-th of `does=ok,wait,7`: ends well, waits for a signal, exits with a code.
+PRETENDED_STAGE = """
+import os, re, signal, sys, time
+from pathlib import Path
+
+given = dict(word.split("=", 1) for word in sys.argv[1:] if "=" in word)
+if "--print-config" in sys.argv:
+    if given["does"] == "nothing":
+        sys.stderr.write("error: does=nothing cannot be.\\n")
+        sys.exit(2)
+    sys.stdout.write("{loader: {global_batch_size: 8}, engine: {grad_accum_steps: 1, sequence_parallel: 1}}")
+    sys.exit(0)
+attempt = int(re.search(r"attempt_(\\d+)", os.environ["ATTEMPT_LOGS"])[1])
+plan = given["does"].split(",")
+does = plan[min(attempt, len(plan)) - 1]
+if does == "wait":
+    for number in (signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit(75))
+    Path(os.environ["ATTEMPT_LOGS"], "waiting").touch()
+    time.sleep(300)
+sys.exit(0 if does == "ok" else int(does))
+"""
+
+
+class Chain:
+    """A chain of pretended stages, and the commands that a user has for it."""
+
+    def __init__(self, folder: Path, cluster: Any, env: str = "") -> None:
+        self.folder, self.cluster, self.run_dir = folder, cluster, folder / "run"
+        for module in ("data_pipeline/build", "pretrain/train", "finetune/train", "finetune/evaluate"):
+            (folder / module).parent.mkdir(exist_ok=True)
+            (folder / f"{module}.py").write_text(PRETENDED_STAGE)
+            (folder / module).with_name("__init__.py").touch()
+        (folder / "none.yaml").write_text("")
+        (folder / "env.sh").write_text(f"SCRATCH={folder}/scratch\n{env}")
+
+    def write(self, **stages: dict[str, Any]) -> None:
+        shared = {"config": "none.yaml", "time": "5", "lead_s": 60}
+        for name, stage in stages.items():
+            if name in ("pretrain", "finetune"):
+                stage.setdefault("preflight", False)
+            stage["overrides"] = [f"does={stage.pop('does')}"]
+        chain = {"run_dir": str(self.run_dir), "env": str(self.folder / "env.sh")}
+        chain["stages"] = {name: {**shared, **stage} for name, stage in stages.items()}
+        (self.folder / "chain.yaml").write_text(yaml.safe_dump(chain))
+
+    def call(self, *words: str | Path, path: str | None = None) -> subprocess.CompletedProcess[str]:
+        environment = {**self.cluster.environment, "PYTHONPATH": str(REPOSITORY)}
+        if path is not None:
+            environment["PATH"] = path
+        command = [sys.executable, "-m", *map(str, words)]
+        return subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=120)
+
+    def submit(self) -> None:
+        process = self.call("slurm.submit", "--config", "chain.yaml")
+        assert process.returncode == 0, process.stderr
+
+    def status(self) -> str:
+        process = self.call("slurm.status", self.run_dir)
+        assert process.returncode == 0, process.stderr
+        return process.stdout
+
+    def jobs(self) -> list[dict[str, Any]]:
+        return json.loads((self.run_dir / "jobs.json").read_text())["jobs"]
+
+    def verdicts(self, task: str) -> list[str | None]:
+        return [attempt.verdict for attempt in read_attempts(self.run_dir / "slurm" / task)]
+
+    def wait_for_end(self) -> None:
+        self.cluster.wait_until(lambda: not self.cluster.run("squeue", "--noheader"), "the queue to be empty")
+
+    def wait_for_verdicts(self, task: str, verdicts: list[str]) -> None:
+        self.cluster.wait_until(lambda: self.verdicts(task) == verdicts, f"{task}: {verdicts}\n{self.said()}")
+
+    def wait_for_work(self, task: str, attempt: int = 1) -> None:
+        path = self.run_dir / "slurm" / task / f"logs/attempt_{attempt:03d}/waiting"
+        self.cluster.wait_until(path.exists, f"{path}\n{self.said()}")
+
+    def said(self) -> str:
+        logs = sorted((self.run_dir / "slurm").rglob("*.log"))
+        return "\n".join(f"{log}:\n{log.read_text(errors='replace')}" for log in logs)
+
+
+@pytest.fixture
+def chain(cluster: Any, tmp_path: Path) -> Chain:
+    tmp_path.chmod(0o755)
+    return Chain(tmp_path, cluster)
+
+
+# --- before submission --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stage", "said"),
+    [
+        ({"partition": "btch"}, 'stage pretrain: this cluster has no partition btch; did you mean "batch"?'),
+        ({"nodes": 4}, "stage pretrain: needs 4 nodes, but partition batch has 2"),
+        ({"gpus_per_node": 1}, "stage pretrain: SLURM refuses"),
+        ({"does": "nothing"}, "stage pretrain, python -m pretrain.train: does=nothing cannot be."),
+        ({"ranks_per_node": 3}, "loader.global_batch_size=8 cannot be cut equally for 1 node(s) of 3 rank(s)"),
+        ({"sbatch": ["--nonsense"]}, "stage pretrain: SLURM refuses"),
+    ],
+)
+def test_what_cannot_run_is_told_before_anything_is_submitted(chain: Chain, stage: dict[str, Any], said: str):
+    chain.write(pretrain={"does": "ok", **stage})
+    process = chain.call("slurm.submit", "--config", "chain.yaml")
+    assert process.returncode == 2 and process.stderr.startswith("error: ") and said in process.stderr
+    assert process.stderr.count("\n") == 1
+    assert not chain.cluster.run("squeue", "--noheader") and not (chain.run_dir / "jobs.json").exists()
+
+
+def test_a_dry_run_needs_no_cluster_and_submission_says_that_it_does(chain: Chain):
+    chain.write(pretrain={"does": "ok"})
+    process = chain.call("slurm.submit", "--config", "chain.yaml", "--dry-run", path="/nowhere")
+    assert process.returncode == 0 and "==> commands\npretrain_job=$(sbatch" in process.stdout
+    assert not chain.run_dir.exists()
+    process = chain.call("slurm.submit", "--config", "chain.yaml", path="/nowhere")
+    assert process.returncode == 2 and "sbatch is not on the PATH" in process.stderr
+
+
+# --- in the job ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_of_an_array_the_task_alone_is_requeued_that_failed_or_was_stopped(chain: Chain):
+    """One of them has the id of the whole array."""
+    presets = [{"name": "a", "overrides": ["does=wait,ok"]}, {"name": "b", "overrides": ["does=3,ok"]}]
+    chain.write(finetune={"does": "ok", "presets": presets, "launcher": "srun"}, evaluate={"does": "ok"})
+    chain.submit()
+    finetune, evaluate = chain.jobs()
+    assert evaluate["depends_on"] == [finetune["job_id"]] and finetune["tasks"] == {"0": "a", "1": "b"}
+    chain.wait_for_verdicts("evaluate/b", ["done"])
+    assert (chain.verdicts("finetune/a"), chain.verdicts("finetune/b")) == ([None], ["requeue", "done"])
+    chain.cluster.run("scancel", "--signal=USR2", "--batch", f"{finetune['job_id']}_0")
+    chain.wait_for_verdicts("evaluate/a", ["done"])
+    assert [chain.verdicts(f"finetune/{name}") for name in "ab"] == [["requeue", "done"]] * 2
+    assert chain.status().count(" done") == 4
+
+
+@pytest.mark.slow
+def test_a_chain_that_is_cancelled_stays_so_until_it_is_submitted_again(chain: Chain):
+    chain.write(data={"does": "ok", "parts": 3}, pretrain={"does": "wait,ok", "launcher": "srun", "nodes": 2})
+    chain.submit()
+    chain.wait_for_work("pretrain")
+    assert "data      3 done of 3 parts\npretrain  running" in chain.status()
+    again = chain.call("slurm.submit", "--config", "chain.yaml")
+    assert again.returncode == 2 and "was submitted before" in again.stderr
+    assert chain.call("slurm.resubmit", chain.run_dir).returncode == 2  # nothing is due
+    assert chain.call("slurm.cancel", chain.run_dir).returncode == 0
+    chain.wait_for_end()
+    assert chain.verdicts("pretrain") == ["requeue"]  # a clean stop, but of a job that is not to go on
+    assert "pretrain  cancelled" in chain.status()
+    assert chain.call("slurm.resubmit", chain.run_dir).returncode == 0
+    chain.wait_for_end()
+    assert chain.verdicts("pretrain") == ["requeue", "done"]
+    assert [job["stage"] for job in chain.jobs()] == ["data", "pretrain", "pretrain"]
+
+
+def test_after_a_failure_what_is_due_runs_again_and_nothing_else(chain: Chain):
+    presets = [{"name": "a", "overrides": ["does=ok"]}, {"name": "b", "overrides": ["does=2"]}]
+    chain.write(finetune={"does": "ok", "presets": presets, "launcher": "srun"}, evaluate={"does": "ok"})
+    chain.submit()
+    chain.wait_for_end()
+    assert chain.verdicts("finetune/b") == ["failed"]  # a mistake gets no other attempt
+    assert chain.verdicts("evaluate/a") == ["done"] and chain.verdicts("evaluate/b") == []
+    status = chain.status()
+    assert "finetune  b failed" in status and "evaluate  b cancelled" in status
+    assert f"to go on after a fix: python -m slurm.resubmit {chain.run_dir}" in status
+    stored = chain.run_dir / "chain.yaml"
+    stored.write_text(stored.read_text().replace("does=2", "does=ok"))
+    process = chain.call("slurm.resubmit", chain.run_dir)
+    assert process.returncode == 0, process.stderr
+    chain.wait_for_end()
+    finetune, evaluate = chain.jobs()[2:]
+    assert finetune["tasks"] == evaluate["tasks"] == {"1": "b"} and evaluate["depends_on"] == [finetune["job_id"]]
+    assert chain.verdicts("finetune/b") == ["failed", "done"] and chain.verdicts("evaluate/b") == ["done"]
+    assert chain.verdicts("finetune/a") == ["done"]
+
+
+def test_a_container_is_given_the_command_and_the_folders(chain: Chain):
+    """By a stand-in for apptainer, which notes what it was called with and runs the rest of it."""
+    (chain.folder / "bin").mkdir()
+    (chain.folder / "bin/apptainer").write_text(
+        f'#!/bin/bash\nprintf "%s\\n" "$@" >> {chain.folder}/called\nshift 5\n[ "$1" = {chain.folder}/image.sif ]\n'
+        'shift; exec "$@"\n'
+    )
+    (chain.folder / "bin/apptainer").chmod(0o755)
+    (chain.folder / "image.sif").touch()
+    env = f"CONTAINER=apptainer\nIMAGE={chain.folder}/image.sif\nMOUNTS=/etc:/host_etc\nPYTHON={sys.executable}\n"
+    chain = Chain(chain.folder, chain.cluster, env + f"export PATH={chain.folder}/bin:$PATH\n")
+    chain.write(evaluate={"does": "ok"})
+    chain.submit()
+    chain.wait_for_end()
+    assert chain.verdicts("evaluate") == ["done"], chain.said()
+    called = (chain.folder / "called").read_text().split("\n")
+    assert called[0] == "exec" and called[3:5] == ["--pwd", str(chain.folder)]
+    assert {f"{chain.run_dir}:{chain.run_dir}", f"{REPOSITORY}:{REPOSITORY}", "/etc:/host_etc"} <= {
+        *called[2].split(",")
+    }
+
+
+# --- in its first lines -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("SCRATCH=", "SCRATCH=/proc/nowhere #"), "/proc/nowhere cannot be written"),
+        (("WORK_DIR=", "WORK_DIR=/nowhere #"), "/nowhere cannot be entered"),
+        (("set -u", "PATH=/nowhere\nset -u"), "there is no scontrol"),
+    ],
+)
+def test_what_a_node_lacks_is_told_in_the_first_lines(tmp_path: Path, change: tuple[str, str], said: str):
+    scripts = runpy.run_path(str(Path(__file__).with_name("test_dry_run.py")))
+    (script,) = scripts["scripts_of"]("1_node", tmp_path)
+    text = script.text.replace("/home/me/foresight", str(REPOSITORY)).replace("/shared/runs", str(tmp_path))
+    text = text.replace("SCRATCH=/tmp", f"SCRATCH={tmp_path}")
+    assert change[0] in text
+    process = subprocess.run(
+        ["/bin/bash"],
+        input=text.replace(*change),
+        capture_output=True,
+        text=True,
+        env={"PATH": os.environ["PATH"], "SLURM_JOB_ID": "1"},
+    )
+    errors = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
+    assert process.returncode == 2 and len(errors) == 1 and said in errors[0], process.stderr
