@@ -49,7 +49,7 @@ from .attempt_files import (
     whole_number,
     write_whole,
 )
-from .errors import error_page
+from .errors import error_page, first_cause
 
 MAX_FAILURES = 3
 MAX_STALLS = 1
@@ -160,22 +160,22 @@ def _close(folder: Path, attempt: Attempt, attempts: list[Attempt], exit_code: i
     standing = standing_before(attempt, attempts).after(exit_code, step)
     verdict = judge(standing, exit_code, attempt.max_failures)
     ended = replace(attempt, ended=utc(), exit_code=exit_code, step=step, verdict=verdict)
-    ended = replace(ended, reason=_reason(ended, standing))
+    cause = "" if exit_code in (0, EXIT_STOPPED) else first_cause(folder, ended)
+    ended = replace(ended, reason=f"{_reason(ended, standing)} {cause}".strip())
     row = {"event": "end", "attempt": ended.number, "time": ended.ended, "exit_code": exit_code, "step": step}
     append_row(folder / LEDGER, {**row, "verdict": verdict, "reason": ended.reason})
     return ended
 
 
 def _reason(attempt: Attempt, standing: Standing) -> str:
+    at = "" if attempt.step is None else f" at {'step' if attempt.staging is None else 'record'} {attempt.step}"
     what = {
-        None: "was lost (its node failed, or it was ended without warning)",
-        0: "is done",
-        BAD_INPUT: "ended with a mistake in its input, which another attempt would not mend",
-        EXIT_NO_PROGRESS: "says itself that it makes no progress",
-        EXIT_STOPPED: "stopped cleanly",
-    }.get(attempt.exit_code, f"failed with exit code {attempt.exit_code}")
-    unit = "at step" if attempt.staging is None else "at record"
-    at = "" if attempt.step is None else f" {unit} {attempt.step}"
+        None: f"was lost{at}: its node failed, or it was ended without warning",
+        0: f"is done{at}",
+        BAD_INPUT: f"ended{at} with a mistake in its input, which another attempt would not mend",
+        EXIT_NO_PROGRESS: f"ended{at} and says itself that it makes no progress",
+        EXIT_STOPPED: f"stopped cleanly{at}",
+    }.get(attempt.exit_code, f"failed{at} with exit code {attempt.exit_code}")
     rest = ""
     if attempt.exit_code == EXIT_STOPPED and attempt.verdict == STOP:
         rest = (
@@ -184,8 +184,8 @@ def _reason(attempt: Attempt, standing: Standing) -> str:
         )
     elif attempt.exit_code not in (0, BAD_INPUT, EXIT_NO_PROGRESS, EXIT_STOPPED):
         limit = "more than" if attempt.verdict == FAILED else "of at most"
-        rest = f", failure {standing.failures} in a row without progress, {limit} {attempt.max_failures}"
-    return f"attempt {attempt.number} {what}{at}{rest}."
+        rest = f"; failure {standing.failures} in a row without progress, {limit} {attempt.max_failures}"
+    return f"attempt {attempt.number} {what}{rest}."
 
 
 # --- how a command ended ------------------------------------------------------------------------------------------

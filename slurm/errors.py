@@ -76,13 +76,13 @@ def error_page(folder: Path, attempt: Attempt, num_lines: int = TAIL_LINES) -> s
     logs = folder / LOGS / attempt_name(attempt.number)
     nodes = f" on {', '.join(attempt.nodes)}" if attempt.nodes else ""
     parts = [f"{folder}, attempt {attempt.number}{nodes}, begun {attempt.began}", attempt.reason]
-    checks = preflight_rows(folder / PREFLIGHT / attempt_name(attempt.number))
-    problems = [f"{node}: {problem}" for node, row in checks.items() for problem in row["problems"].values()]
+    problems = _unfit(folder, attempt)
     parts += _section("before it started", problems)
     endings = find_endings(logs, attempt)
     if endings:
-        parts += _section("first", [_describe(endings[:1]), f"  its log is {endings[0].log}"])
-        parts += _section("then", [_describe(group) for group in _alike(endings[1:])])
+        first, *rest = _alike(endings)
+        parts += _section("first", [_describe(first), f"  its log is {endings[0].log}"])
+        parts += _section("then", [_describe(group) for group in rest])
     others = [path for path in sorted(logs.glob("*.log")) if not path.name.startswith("rank_")]
     notices = [line for path in others for line in _tail(path) if _NOTICE.search(line)]
     parts += _section("the launcher and SLURM say", list(dict.fromkeys(notices))[:num_lines])
@@ -93,6 +93,18 @@ def error_page(folder: Path, attempt: Attempt, num_lines: int = TAIL_LINES) -> s
     for path in others:  # whose tracebacks are of launchers: they say nothing of the command
         parts += _section(f"the end of {path}", [line for line in _tail(path) if not line[0].isspace()][-num_lines:])
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def first_cause(folder: Path, attempt: Attempt) -> str:
+    """The page in a sentence; nothing where nobody has said anything for himself."""
+    endings = find_endings(folder / LOGS / attempt_name(attempt.number), attempt)
+    said = [f"{_who([one])}: {one.sentence.removeprefix('error: ')}" for one in endings[:1] if one.kind == SPOKE]
+    return next(iter([*_unfit(folder, attempt), *said]), "")
+
+
+def _unfit(folder: Path, attempt: Attempt) -> list[str]:
+    checks = preflight_rows(folder / PREFLIGHT / attempt_name(attempt.number))
+    return [f"{node}: {problem}" for node, row in checks.items() for problem in row["problems"].values()]
 
 
 def find_endings(logs: Path, attempt: Attempt) -> list[Ending]:
@@ -188,13 +200,18 @@ def _signals(launcher_log: Path) -> dict[int, int]:
 
 def _describe(group: Sequence[Ending]) -> str:
     first = group[0]
+    when = f"last heard of {utc(first.time)}" if first.kind == VANISHED else utc(first.time)
+    return f"{_who(group)}, {when}\n    {first.sentence}"
+
+
+def _who(group: Sequence[Ending]) -> str:
+    """Ranks, nodes, and the step and the shard of the first."""
+    first = group[0]
     ranks = "rank" if len(group) == 1 else f"{len(group)} ranks:"
     hosts = ", ".join(dict.fromkeys(ending.host for ending in group))
     step = "" if first.step is None else f" at step {first.step}"
     shard = "" if first.shard is None else f", reading {first.shard}"
-    when = f"last heard of {utc(first.time)}" if first.kind == VANISHED else utc(first.time)
-    who = f"{ranks} {_ranges(ending.rank for ending in group)} on {hosts}{step}{shard}, {when}"
-    return f"{who}\n    {first.sentence}"
+    return f"{ranks} {_ranges(ending.rank for ending in group)} on {hosts}{step}{shard}"
 
 
 def _alike(endings: Iterable[Ending]) -> list[list[Ending]]:

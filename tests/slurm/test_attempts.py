@@ -153,7 +153,8 @@ def test_failures_in_a_row_end_a_job_and_a_checkpoint_between_them_does_not(tmp_
     assert [attempt(job, 1, run_dir=run_dir, max_failures=2) for _ in range(3)] == [REQUEUE, REQUEUE, FAILED]
     assert [one.step for one in read_attempts(job)] == [0, 0, 10, 10, 10]
     assert read_attempts(job)[-1].reason == (
-        "attempt 5 failed with exit code 1 at step 10, failure 3 in a row without progress, more than 2."
+        "attempt 5 failed at step 10 with exit code 1; failure 3 in a row without progress, more than 2. rank 0 on n1: "
+        "ended with exit code 1 and without an error message"
     )
 
 
@@ -206,7 +207,7 @@ def test_a_job_whose_nodes_are_lost_again_and_again_does_not_begin(tmp_path: Pat
     job = tmp_path / "job"
     for _ in range(2):
         attempt(job, None, max_failures=1)
-    with pytest.raises(CommandError, match=r"attempt 2 was lost .*failure 2 in a row without progress, more than 1"):
+    with pytest.raises(CommandError, match=r"attempt 2 was lost: .*failure 2 in a row without progress, more than 1"):
         attempt(job, None, max_failures=1)
     assert read_attempts(job)[-1].verdict == FAILED
 
@@ -346,7 +347,7 @@ def test_the_batch_script_gets_a_word_and_an_exit_code(tmp_path: Path, command: 
         code_here, out, error = command("end", job, "--exit-code", "137")
         assert (code_here, out) == (code, f"{verdict}\n")
         assert f"What went wrong is in {job / 'errors.txt'}" in error
-    assert "attempt 3 failed with exit code 137 at step 10" in (job / "errors.txt").read_text()
+    assert "attempt 3 failed at step 10 with exit code 137" in (job / "errors.txt").read_text()
 
 
 def test_what_cannot_be_noted_is_not_started_again(tmp_path: Path, command: Callable[..., Any]) -> None:

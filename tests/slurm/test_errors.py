@@ -69,6 +69,10 @@ def test_the_first_error_names_rank_node_step_and_shard(job: Job) -> None:
             )
     job.rank(5, f"2026-11-30 12:00:00,000 INFO pretrain: step 41/100  loss 0.5\n{BAD_SHARD}\n", 2, ended=11.0)
     page = job.page()
+    assert read_attempts(job.folder)[0].reason == (
+        "attempt 1 ended at step 0 with a mistake in its input, which another attempt would not mend. "
+        f"rank 5 on n2 at step 41, reading /data/pick/shards/000012.tar: {BAD_SHARD.removeprefix('error: ')}"
+    )
     assert section(page, "first") == (
         "first:\n"
         f"  rank 5 on n2 at step 41, reading /data/pick/shards/000012.tar, 1970-01-01T00:00:11+00:00\n    {BAD_SHARD}\n"
@@ -77,6 +81,14 @@ def test_the_first_error_names_rank_node_step_and_shard(job: Job) -> None:
     assert "7 ranks: 0-4, 6-7 on n1, n2 at step 42" in section(page, "then")
     assert section(page, "then").count("lost contact") == 1  # told once
     assert BAD_SHARD in section(page, f"the end of {job.logs / 'rank_0005.log'}")
+
+
+def test_the_same_mistake_on_all_ranks_is_told_once(job: Job) -> None:
+    for rank in range(6):
+        job.rank(rank, "error: /data/none: no such folder; give the `out` folder of a finished build.", 2, ended=rank)
+    page = job.page()
+    assert section(page, "first").startswith("first:\n  6 ranks: 0-5 on n1, n2, ")
+    assert page.count("error: /data/none") == 2 and "\nthen:" not in page  # and at the end of the first one's log
 
 
 def test_of_two_that_speak_for_themselves_the_earlier_one_is_the_cause(job: Job) -> None:
