@@ -11,6 +11,7 @@ Each stage is a command that also runs by itself. A chain only says where and ho
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,16 +29,37 @@ from pydantic import (
 
 from configs.loader import StrictConfig, UserError
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 RUN_DIR = "$RUN_DIR"
 """Stands for the chain's folder in the overrides of a stage."""
 
 ARRAY_INDEX = "$SLURM_ARRAY_TASK_ID"
 TIME = re.compile(r"(?:\d+-)?\d+(?::\d{1,2}){0,2}")
 
+MAX_NODES, MAX_TASKS = 10_000, 100_000
+OURS = {"array", "dependency", "export", "job-name", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output"} | {
+    *(
+        "parsable",
+        "requeue",
+        "no-requeue",
+        "signal",
+        "test-only",
+        "time",
+        "wait-all-nodes",
+        "wrap",
+        "kill-on-invalid-dep",
+    )
+}
+"""Options of sbatch that a chain sets itself, or depends on."""
+
 Override = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][\w.-]*=")]
 Words = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 """Text that YAML may read as a number."""
 
+Memory = Annotated[Words, StringConstraints(pattern=r"^\d+[KMGT]?B?$")]
+Partition = Annotated[str, StringConstraints(pattern=r"^[\w.,-]+$")]
+
+NumNodes = Annotated[int, Field(ge=1, le=MAX_NODES)]
 TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
 
 
@@ -47,8 +69,8 @@ TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
 class NodeRange(StrictConfig):
     """The job starts on what there is in between, and goes on with another number after a requeue."""
 
-    min: PositiveInt = Field(description="without so many it waits")
-    max: PositiveInt = Field(description="more are of no use")
+    min: NumNodes = Field(description="without so many it waits")
+    max: NumNodes = Field(description="more are of no use")
 
     @model_validator(mode="after")
     def _is_a_range(self) -> "NodeRange":
@@ -68,11 +90,13 @@ class StageConfig(StrictConfig):
     lead_s: PositiveInt = Field(300, description="seconds before the limit at which the job is told to save and stop")
     cpus_per_node: PositiveInt | None = Field(None, description="null: the cluster's default, or with exclusive: all")
     gpus_per_node: NonNegativeInt = Field(0, description="GPUs of every node")
-    memory: Words | None = Field(None, description="of a node as sbatch takes it: 64G, 0 (all); null: the default")
+    memory: Words | None = Field(
+        None, pattern=r"^\d+[KMGT]?B?$", description="of a node as sbatch takes it: 64G, 0 (all); null: the default"
+    )
     exclusive: bool = Field(False, description="nodes are shared with no other job")
-    partition: str | None = Field(None, description="null: env.sh's")
+    partition: Partition | None = Field(None, description="null: env.sh's")
     max_failures: PositiveInt = Field(3, description="so many failed attempts in a row end the job")
-    sbatch: tuple[Annotated[str, StringConstraints(pattern=r"^--[a-z]")], ...] = Field(
+    sbatch: tuple[Annotated[str, StringConstraints(pattern=r"^--[a-z][a-z-]*(=\S+)?$")], ...] = Field(
         (), description="more options of sbatch, such as --constraint=h100 or --reservation=NAME"
     )
 
@@ -82,6 +106,19 @@ class StageConfig(StrictConfig):
         if not TIME.fullmatch(text):
             raise ValueError("write minutes, HH:MM:SS or D-HH:MM:SS, for example 12:00:00")
         return text
+
+    @field_validator("sbatch")
+    @classmethod
+    def _leave_the_chain_its_own(cls, options: tuple[str, ...]) -> tuple[str, ...]:
+        for option in options:
+            if option.partition("=")[0].removeprefix("--") in OURS:
+                raise ValueError(f"{option}: a chain sets this itself; use the stage's other settings")
+        return options
+
+    @field_validator("overrides")
+    @classmethod
+    def _leave_folders_to_the_chain(cls, overrides: tuple[str, ...]) -> tuple[str, ...]:
+        return _without_folders(overrides)
 
     @model_validator(mode="after")
     def _leaves_time_before_the_signal(self) -> "StageConfig":
@@ -94,15 +131,15 @@ class DataConfig(StageConfig):
     """`data_pipeline.build`: an array of which each task builds a part, or one Ray cluster over several nodes."""
 
     kind: Literal["array", "ray"] = Field("array", description="many small jobs, or one of several nodes")
-    parts: PositiveInt = Field(1, description="of an array: tasks, each with its share of the episodes")
+    parts: int = Field(1, ge=1, le=MAX_TASKS, description="of an array: tasks, each with its share of the episodes")
     max_at_once: PositiveInt | None = Field(None, description="of an array: tasks at work at the same time; null: any")
-    nodes: PositiveInt = Field(1, description="of a Ray cluster")
+    nodes: NumNodes = Field(1, description="of a Ray cluster")
 
 
 class TrainingConfig(StageConfig):
     """`pretrain.train` or `finetune.train`."""
 
-    nodes: PositiveInt | NodeRange = Field(1, description="a number, or {min: 2, max: 8}")
+    nodes: NumNodes | NodeRange = Field(1, description="a number, or {min: 2, max: 8}")
     ranks_per_node: PositiveInt | None = Field(None, description="null: one for each GPU, without GPUs one")
     launcher: Literal["torchrun", "srun"] = Field(
         "torchrun", description="one task per node, which starts the ranks, or one task per rank"
@@ -129,6 +166,11 @@ class Preset(StrictConfig):
     config: Path | None = Field(None, description="null: the stage's")
     overrides: tuple[Override, ...] = Field((), description="key=value, after those of the stage")
 
+    @field_validator("overrides")
+    @classmethod
+    def _leave_folders_to_the_chain(cls, overrides: tuple[str, ...]) -> tuple[str, ...]:
+        return _without_folders(overrides)
+
 
 class FinetuneConfig(TrainingConfig):
     """`finetune.train`, once for each preset and seed, as a job array."""
@@ -137,13 +179,13 @@ class FinetuneConfig(TrainingConfig):
     seeds: tuple[NonNegativeInt, ...] = Field((), description="each preset once for every seed")
     max_at_once: PositiveInt | None = Field(None, description="runs at work at the same time; null: any")
 
-    @field_validator("presets")
-    @classmethod
-    def _have_their_own_names(cls, presets: tuple[Preset, ...]) -> tuple[Preset, ...]:
-        names = [preset.name for preset in presets]
-        if len({*names}) < len(names):
-            raise ValueError("two presets have the same name; each needs its own")
-        return presets
+    @model_validator(mode="after")
+    def _runs_have_their_own_names(self) -> "FinetuneConfig":
+        names = Counter(preset.name for preset in each_preset(self))
+        name, number = names.most_common(1)[0] if names else ("", 0)
+        if number > 1:
+            raise ValueError(f"presets and seeds give {number} runs the name {name}; each needs its own")
+        return self
 
 
 class Stages(StrictConfig):
@@ -177,6 +219,13 @@ class ChainConfig(StrictConfig):
         if not self.stages.model_fields_set:
             raise ValueError("stages is empty; give at least one of data, pretrain, finetune, evaluate")
         return self
+
+
+def _without_folders(overrides: tuple[str, ...]) -> tuple[str, ...]:
+    for override in overrides:
+        if override.partition("=")[0] in ("run_dir", "run-dir", "out", "output"):
+            raise ValueError(f"{override}: where a stage writes is the chain's to say: a folder of its run_dir")
+    return overrides
 
 
 def seconds(time: str) -> int:
@@ -272,7 +321,7 @@ def _finetune_job(chain: ChainConfig, before: Job | None) -> Job | None:
             given.append(f"pretrained={chain.run_dir}/pretrain/export")
         return Task(run_dir.name, folder, _command(chain, "finetune.train", config, given, preset), run_dir)
 
-    presets = list(_presets(config))
+    presets = list(each_preset(config))
     folder, run_dir = job_folder(chain, "finetune"), chain.run_dir / "finetune"
     tasks = {str(i): task(folder / one.name, run_dir / one.name, one) for i, one in enumerate(presets)}
     after = before.stage if before else None
@@ -296,9 +345,13 @@ def _evaluate_job(chain: ChainConfig, before: Job | None) -> Job | None:
         if finetune is not None:
             given.append(f"checkpoint={chain.run_dir}/finetune/{name}".rstrip("/") + "/export")
         given += _dataset(chain, "open_loop.dataset")
-        return Task(name or "evaluate", job_folder(chain, "evaluate") / name, _command(chain, MODULE, config, given))
+        return Task(
+            name or "evaluate",
+            job_folder(chain, "evaluate") / name,
+            _command(chain, "finetune.evaluate", config, given),
+        )
 
-    tasks = {str(i): task(preset.name) for i, preset in enumerate(_presets(finetune))} if finetune else {}
+    tasks = {str(i): task(preset.name) for i, preset in enumerate(each_preset(finetune))} if finetune else {}
     return Job(
         "evaluate",
         "evaluate.sbatch",
@@ -309,14 +362,11 @@ def _evaluate_job(chain: ChainConfig, before: Job | None) -> Job | None:
     )
 
 
-MODULE = "finetune.evaluate"
-
-
 def job_folder(chain: ChainConfig, stage: StageName) -> Path:
     return chain.run_dir / "slurm" / stage
 
 
-def _presets(config: FinetuneConfig) -> Iterator[Preset]:
+def each_preset(config: FinetuneConfig) -> Iterator[Preset]:
     """Every preset once for every seed."""
     if not config.seeds:
         yield from config.presets

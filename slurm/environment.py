@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,12 +17,17 @@ _LINE = re.compile(r"(?P<export>export\s+)?(?P<name>[A-Za-z_]\w*)=(?P<value>.*)"
 _VALUE = re.compile(r"""(?:(?P<bare>[^\s"'#][^\s"']*)|'(?P<single>[^']*)'|"(?P<double>[^"]*)")?(?:\s*|\s+\#.*)""")
 
 
+ONE_WORD = r"^\S*$"
+
+
 class ClusterConfig(StrictConfig):
     """The settings of env.sh, each by the name that it has there."""
 
-    partition: str = Field("", alias="PARTITION", description="where jobs go; empty: the cluster's default")
-    account: str = Field("", alias="ACCOUNT", description="who pays")
-    qos: str = Field("", alias="QOS", description="quality of service")
+    partition: str = Field(
+        "", alias="PARTITION", pattern=ONE_WORD, description="where jobs go; empty: the cluster's default"
+    )
+    account: str = Field("", alias="ACCOUNT", pattern=ONE_WORD, description="who pays")
+    qos: str = Field("", alias="QOS", pattern=ONE_WORD, description="quality of service")
     modules: str = Field("", alias="MODULES", description="what `module load` loads first")
     setup: str = Field("", alias="SETUP", description="a bash file to source first")
     python: str = Field("", alias="PYTHON", description="with this project's packages; empty: the one that submits")
@@ -29,7 +35,7 @@ class ClusterConfig(StrictConfig):
     image: str = Field("", alias="IMAGE", description="a .sqsh or .sif file, or docker://...")
     mounts: str = Field("", alias="MOUNTS", description="host folders, comma-separated: folder or folder:inside")
     network_interface: str = Field("", alias="NETWORK_INTERFACE", description="that ranks talk over")
-    scratch: str = Field("/tmp", alias="SCRATCH", min_length=1, description="a node's own disk")
+    scratch: str = Field("/tmp", alias="SCRATCH", pattern=r"^[/$]", description="a node's own disk")
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class Environment:
 def read_environment(path: Path) -> Environment:
     """Raises a `UserError` that names the line that is no setting, or the setting that cannot be."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         raise UserError(
@@ -56,18 +62,23 @@ def read_environment(path: Path) -> Environment:
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         name, value, is_export = _read_line(line.strip(), f"{path}, line {number}")
+        if name in settings.keys() | exports.keys():
+            raise UserError(f"{path}, line {number}: {name} is given twice; keep one of them.")
         (exports if is_export else settings)[name] = value
     try:
         cluster = ClusterConfig.model_validate(settings)
     except ValidationError as error:
         raise UserError(explain(error, ClusterConfig, settings, path, ())) from None
     _check_container(cluster, path)
+    _check_files(cluster, path)
     return Environment(path, cluster, exports)
 
 
 def _read_line(line: str, where: str) -> tuple[str, str, bool]:
     match = _LINE.fullmatch(line)
     value = _VALUE.fullmatch(match["value"]) if match else None
+    if value and "~" in (value["bare"] or "")[:1]:
+        raise UserError(f"{where}: write $HOME in place of ~, which is expanded only in some places.")
     if match is None or value is None:
         raise UserError(
             f"{where}: {line!r} is neither NAME=value nor `export NAME=value` with one value; put what has spaces "
@@ -94,6 +105,15 @@ def _check_container(cluster: ClusterConfig, path: Path) -> None:
     image = os.path.expandvars(cluster.image)
     if image.startswith(("/", "./", "~")) and not Path(image).expanduser().exists():
         raise UserError(f"{path}: there is no IMAGE={image}; build or import it first, or correct its path.")
+
+
+def _check_files(cluster: ClusterConfig, path: Path) -> None:
+    """What is named must be there, as far as can be seen from here."""
+    named = {"SETUP": cluster.setup, "PYTHON": cluster.python if cluster.container == "none" else ""}
+    for name, value in named.items():
+        file = os.path.expandvars(value)
+        if "$" not in file and file and not os.access(file, os.R_OK) and shutil.which(file) is None:
+            raise UserError(f"{path}: there is no {name}={value} here; correct its path, or leave it empty.")
 
 
 def filled_in(value: str, where: str) -> str:

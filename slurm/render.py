@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .chain import ARRAY_INDEX, ChainConfig, DataConfig, Job, Task, TrainingConfig, job_folder, seconds
+from .chain import ARRAY_INDEX, REPOSITORY, ChainConfig, DataConfig, Job, Task, TrainingConfig, job_folder, seconds
 from .environment import Environment, filled_in
 
-TEMPLATES = Path(__file__).resolve().parent
+TEMPLATES = REPOSITORY / "slurm"
 SCRIPT, SHARED = "job.sbatch", "job.sh"
 
 
@@ -23,7 +23,7 @@ class Place:
 
     @classmethod
     def here(cls) -> "Place":
-        return cls(Path.cwd(), TEMPLATES.parent, Path(sys.executable))
+        return cls(Path.cwd(), REPOSITORY, Path(sys.executable))
 
 
 def render(job: Job, chain: ChainConfig, environment: Environment, place: Place, node_counts: Sequence[int]) -> str:

@@ -8,6 +8,7 @@ Jobs requeue themselves at their time limit and after failures, and go on where 
 stands in slurm/env.sh; the sbatch files are written to RUN_DIR/slurm and can be submitted by hand, too.
 """
 
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from pydantic import Field
 from configs.loader import UserError, dump_config, run_command
 
 from . import scheduler
-from .chain import ChainConfig, Job, StageName, plan_jobs
+from .chain import REPOSITORY, ChainConfig, Job, StageName, plan_jobs
 from .environment import Environment, filled_in, read_environment
 from .jobs import CHAIN_FILE, Submission, read_submissions, write_submissions
 from .render import Place, array_option, render, script_path
@@ -46,6 +47,9 @@ class Script:
 
 def main(config: SubmitConfig) -> int:
     chain = absolute(config)
+    for above in (Path.cwd(), REPOSITORY):  # run_dir would be a folder among others there, or hold them all
+        if above.is_relative_to(chain.run_dir):
+            raise UserError(f"run_dir={config.run_dir} is or holds {above}; choose a folder of its own.")
     jobs = plan_jobs(chain)
     if config.stage is not None:
         jobs = [job for job in jobs if job.stage == config.stage]
@@ -69,7 +73,7 @@ def main(config: SubmitConfig) -> int:
 def absolute(config: ChainConfig) -> ChainConfig:
     """The chain alone, with paths that mean the same from anywhere."""
     fields = {name: getattr(config, name) for name in ChainConfig.model_fields}
-    fields |= {"run_dir": config.run_dir.absolute(), "env": config.env.absolute()}
+    fields |= {name: Path(os.path.abspath(fields[name])) for name in ("run_dir", "env")}
     return ChainConfig(**fields)
 
 

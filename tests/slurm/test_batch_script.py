@@ -126,6 +126,13 @@ def test_what_cannot_run_is_told_before_anything_is_submitted(chain: Chain, stag
     assert not chain.cluster.run("squeue", "--noheader") and not (chain.run_dir / "jobs.json").exists()
 
 
+@pytest.mark.parametrize("run_dir", [".", "/", "../.."])
+def test_a_run_dir_that_is_not_its_own_is_refused(chain: Chain, run_dir: str):
+    chain.write(pretrain={"does": "ok"})
+    process = chain.call("slurm.submit", "--config", "chain.yaml", f"run_dir={run_dir}", "--dry-run")
+    assert process.returncode == 2 and "choose a folder of its own" in process.stderr
+
+
 def test_a_dry_run_needs_no_cluster_and_submission_says_that_it_does(chain: Chain):
     chain.write(pretrain={"does": "ok"})
     process = chain.call("slurm.submit", "--config", "chain.yaml", "--dry-run", path="/nowhere")

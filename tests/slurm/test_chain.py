@@ -100,7 +100,18 @@ def test_parts_of_a_build_are_one_pattern():
         ("run_dir: r\nstages: {pretrain: {config: c, time: 60, overrides: [steps]}}\n", "overrides"),
         ("run_dir: r\nstages: {pretrain: {config: c, time: 60, sbatch: [gres]}}\n", "sbatch"),
         ("run_dir: r\nstages: {finetune: {config: c, time: 60, presets: [{name: a/b}]}}\n", "presets"),
-        ("run_dir: r\nstages: {finetune: {config: c, time: 60, presets: [{name: a}, {name: a}]}}\n", "same name"),
+        ("run_dir: r\nstages: {finetune: {config: c, time: 60, presets: [{name: a}, {name: a}]}}\n", "the name a"),
+        ("run_dir: r\nstages: {finetune: {config: c, time: 60, seeds: [1, 1]}}\n", "2 runs the name seed_1"),
+        ("run_dir: r\nstages: {data: {config: c, time: 60, memory: '1G\\n'}}\n", "stages.data.memory"),
+        ("run_dir: r\nstages: {data: {config: c, time: 60, partition: a b}}\n", "stages.data.partition"),
+        ("run_dir: r\nstages: {data: {config: c, time: 60, sbatch: [--x=a b]}}\n", "stages.data.sbatch"),
+        ("run_dir: r\nstages: {data: {config: c, time: 60, sbatch: [--nodes=3]}}\n", "--nodes=3: a chain sets this"),
+        ("run_dir: r\nstages: {data: {config: c, time: 60, overrides: [out=/x]}}\n", "out=/x: where a stage writes"),
+        (
+            "run_dir: r\nstages: {finetune: {config: c, time: 60, presets: [{name: a, overrides: [run_dir=x]}]}}\n",
+            "run_dir=x: where a stage writes",
+        ),
+        ("run_dir: r\nstages: {pretrain: {config: c, time: 60, nodes: {min: 1, max: 1000000}}}\n", "10000"),
     ],
 )
 def test_a_chain_that_cannot_be_is_refused_in_one_sentence(tmp_path: Path, text: str, said: str):

@@ -33,7 +33,7 @@ CASES: dict[str, tuple[Path, list[str], str, list[list[int]]]] = {
     "64_nodes": (
         GOLDEN / "64_nodes.yaml",
         [],
-        "PARTITION=large\nQOS=long\nMODULES='cuda/12.8 enroot'\nSETUP=$HOME/proxy.sh\nCONTAINER=pyxis\n"
+        "PARTITION=large\nQOS=long\nMODULES='cuda/12.8 enroot'\nSETUP=/etc/profile\nCONTAINER=pyxis\n"
         "IMAGE=registry.example.org#robots/foresight:1\nMOUNTS=/datasets,/home/me/keys:/keys\n",
         [[16], [32, 64]],
     ),

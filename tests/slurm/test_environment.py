@@ -69,6 +69,12 @@ def test_only_the_index_of_a_task_is_filled_in():
         ("ACCOUNT=a;b", "SETUP"),
         ("ACCOUNT='$HOME'", "single quotes"),
         ("SCRATCH=", "SCRATCH"),
+        ("SCRATCH=here", "SCRATCH"),
+        ("SCRATCH=~/x", "$HOME in place of ~"),
+        ("ACCOUNT='me and you'", "ACCOUNT"),
+        ("PYTHON=/not/there", "there is no PYTHON=/not/there"),
+        ("SETUP=/not/there.sh", "there is no SETUP=/not/there.sh"),
+        ("export A=1\nexport A=2", "line 2: A is given twice"),
     ],
 )
 def test_what_is_no_setting_is_told_in_one_sentence(tmp_path: Path, line: str, said: str):
@@ -76,6 +82,10 @@ def test_what_is_no_setting_is_told_in_one_sentence(tmp_path: Path, line: str, s
         read(tmp_path, line + "\n")
     assert said in str(refused.value) and str(tmp_path / "env.sh") in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path: Path):
+    assert read(tmp_path, "\ufeffPARTITION=gpu\n").cluster.partition == "gpu"
 
 
 def test_a_file_that_is_not_there_is_told_with_what_to_do(tmp_path: Path):
