@@ -306,6 +306,18 @@ def _command_name(main: Callable[..., Any]) -> str:
     return spec.name if main.__module__ == "__main__" and spec is not None else main.__module__
 
 
+def _wrapped(text: str, width: int, first: int) -> list[str]:
+    """Lines to copy from: `-` and `/` in the middle of a word are no places to break it."""
+    return textwrap.wrap(
+        text,
+        width,
+        initial_indent=" " * first,
+        subsequent_indent=" " * 6,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
 def _help_text(config_class: type[BaseModel], command: str, description: str, positional: str | None) -> str:
     width = min(shutil.get_terminal_size((110, 40)).columns, 120)
     first = f" [{positional.upper()}]" if positional else ""
@@ -323,6 +335,6 @@ def _help_text(config_class: type[BaseModel], command: str, description: str, po
     ]
     for summary in summarise_fields(config_class, write_yaml_value):
         default = {None: ", required", "": ""}.get(summary.default, f", default {summary.default}")
-        lines.append(f"  {summary.key}: {summary.type_text}{default}")
-        lines += textwrap.wrap(summary.meaning, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        lines += _wrapped(f"{summary.key}: {summary.type_text}{default}", width, first=2)
+        lines += _wrapped(summary.meaning, width, first=6)
     return "\n".join(lines) + "\n"

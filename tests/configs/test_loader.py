@@ -446,6 +446,23 @@ def test_help_shows_once_what_sections_share(capsys):
     ]
 
 
+def test_help_is_no_wider_than_the_page(capsys, monkeypatch):
+    class Wide(StrictConfig):
+        mode: Literal["one-after-the-other", "side-by-side", "first-in-first-out", "round-robin"] = "side-by-side"
+        prompt: str = " ".join(["Describe what happens."] * 9)
+
+    monkeypatch.setenv("COLUMNS", "60")
+    assert run("--help", config_class=Wide) == 0
+    out = capsys.readouterr().out
+    settings = out[out.index("  mode:") :].splitlines()
+    assert max(map(len, settings)) <= 60
+    assert settings[:3] == [
+        "  mode: one-after-the-other | side-by-side |",
+        "      first-in-first-out | round-robin, default side-by-side",
+        "  prompt: text, default Describe what happens. Describe what",
+    ]
+
+
 def test_a_class_inside_itself_is_shown_once(capsys):
     class Tree(StrictConfig):
         name: str = "leaf"
