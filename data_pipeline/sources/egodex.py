@@ -1,6 +1,6 @@
 """EgoDex: egocentric video of people's hands at work, with the pose of every joint (https://arxiv.org/abs/2505.11709).
 
-    <part>/<task>/<n>.mp4        1080p at 30 Hz
+    <part>/<task>/<n>.mp4        1080p at 30 Hz; of another rate, the rows follow it
     <part>/<task>/<n>.hdf5       the same number of rows:
       transforms/<joint>         [n 4 4] pose of the joint, and of the camera, in the world that ARKit started with
       confidences/<joint>        [n] 0..1, in some files
@@ -28,7 +28,7 @@ from pydantic import Field
 from configs.loader import UserError
 
 from ..embodiments import Embodiment, RotationSlots
-from ..video_io import VideoError, probe_video
+from ..video_io import VideoError, VideoInfo, frame_times, probe_video
 from .base import (
     Episode,
     SourceConfig,
@@ -119,6 +119,7 @@ class EgoDexSource:
         num_frames = usable_frames({"hdf5": len(camera), "mp4": info.num_frames}, str(path), notes)
         if num_frames < 2:
             raise SourceError("too_short", str(path), "one frame shows no movement")
+        fps, times_s = _clock(video, info, num_frames, notes)
         proprio = _seen_from(hands, camera)
         actions = _seen_from(hands[1:], camera[:-1])
         actions[~is_sure[1:]] = np.nan
@@ -128,12 +129,13 @@ class EgoDexSource:
             source=self.name,
             episode_id=episode_id,
             uri=str(path),
-            views={"ego": VideoSegment(str(video), 0.0, num_frames, 0)},
-            fps=HZ,
+            views={"ego": VideoSegment(str(video), 0.0, num_frames, 0 if times_s is None else None)},
+            fps=fps,
             num_frames=num_frames,
             actions=actions[: num_frames - 1],
             proprio=proprio[: num_frames - 1],
-            control_hz=HZ,
+            control_hz=fps,
+            control_times_s=None if times_s is None else times_s[:-1],
             embodiment=embodiment.name,
             instruction=instruction,
             success=None,
@@ -178,6 +180,18 @@ def find_egodex(path: Path) -> bool:
             and find_dataset(file, "transforms/leftHand") is not None
         ),
     )
+
+
+def _clock(
+    video: Path, info: VideoInfo, num_frames: int, notes: list[str]
+) -> tuple[float, Float64[np.ndarray, "n"] | None]:
+    """Frames per second, and the time of each where the rate varies: a row of the hands belongs to each frame."""
+    if info.is_variable_rate:
+        return info.fps, frame_times(video)[:num_frames]
+    if abs(info.fps / HZ - 1) < 0.01:
+        return HZ, None
+    notes.append(f"The video has {info.fps:g} frames per second instead of {HZ:g}: the hands are timed by it.")
+    return info.fps, None
 
 
 def _joints(side: str) -> tuple[str, ...]:

@@ -38,6 +38,7 @@ def write_episode(
     confidences: dict[str, np.ndarray] | None = None,
     attributes: dict[str, Any] | None = None,
     joints: dict[str, np.ndarray] | None = None,
+    times_ms: list[int] | None = None,
 ) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     num_video_frames = length if num_video_frames is None else num_video_frames
@@ -45,7 +46,7 @@ def write_episode(
     write_video(
         folder / f"{index}.mp4",
         numbered_frames(range(first, first + num_video_frames)),
-        times_ms=[round(1000 * i / 30) for i in range(num_video_frames)],
+        times_ms=times_ms or [round(1000 * i / 30) for i in range(num_video_frames)],
     )
     path = folder / f"{index}.hdf5"
     with h5py.File(path, "w") as file:
@@ -169,6 +170,24 @@ def test_the_description_that_was_done_is_the_instruction(
 ) -> None:
     write_episode(tmp_path, attributes=attributes)
     assert only(open_egodex(tmp_path)).instruction == instruction
+
+
+def test_another_rate_is_that_of_the_video(tmp_path: Path) -> None:
+    write_episode(tmp_path, times_ms=[20 * i for i in range(12)])
+    episode = only(open_egodex(tmp_path))
+    assert (episode.fps, episode.control_hz, episode.control_times_s) == (50.0, 50.0, None)
+    assert "has 50 frames per second instead of 30" in episode.repairs[0]
+
+
+def test_a_row_belongs_to_a_frame_at_a_varying_rate(tmp_path: Path) -> None:
+    times_ms = [0, 33, 67, 100, 300, 333, 367, 400, 433, 467, 500, 533]
+    write_episode(tmp_path, times_ms=times_ms)
+    episode = only(open_egodex(tmp_path))
+    assert episode.control_times_s is not None and episode.actions is not None
+    np.testing.assert_allclose(episode.control_times_s, np.array(times_ms[:-1]) / 1000)
+    view = episode.views["ego"]
+    assert read_numbers(view.read(view.positions(episode.control_times_s, episode.fps).tolist())) == list(range(11))
+    assert len(episode.control_times_s) == len(episode.actions)
 
 
 def test_a_lost_frame_is_borne(tmp_path: Path) -> None:
