@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .base import SourceError
-from .files import check_file, check_size
+from .files import bounded_memory, check_file, check_size
 
 UNREADABLE = (SourceError, OSError, ValueError, pa.ArrowException)  # what opening and reading a parquet file raises
 
@@ -17,7 +17,8 @@ UNREADABLE = (SourceError, OSError, ValueError, pa.ArrowException)  # what openi
 def open_table(path: Path) -> pq.ParquetFile:
     """One of UNREADABLE where there is no parquet file."""
     check_file(path)
-    return pq.ParquetFile(path)
+    with bounded_memory(path):
+        return pq.ParquetFile(path)
 
 
 def read_columns(
@@ -30,7 +31,8 @@ def read_columns(
     wanted = [one for one in stored if any(f"{one.path_in_schema}.".startswith(f"{name}.") for name in columns)]
     num_bytes = sum(max(8 * one.num_values, one.total_uncompressed_size) for one in wanted)
     check_size(num_bytes, path, f"its {', '.join(columns)}")
-    return parquet.read_row_groups(groups, columns=list(columns), use_threads=False)
+    with bounded_memory(path):  # a page may unpack to more than the footer says of it
+        return parquet.read_row_groups(groups, columns=list(columns), use_threads=False)
 
 
 def row_groups_with(parquet: pq.ParquetFile, column: str, value: int) -> list[int]:

@@ -11,6 +11,8 @@ import resource
 import signal
 import socket
 import struct
+import subprocess
+import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -320,6 +322,34 @@ def test_tables_that_are_larger_than_their_file(tmp_path: Path, monkeypatch: pyt
         nested, values = pa.list_(nested), [values]
     pq.write_table(pa.table({"action": pa.array([values] * 7, nested)}), table)
     assert reasons(root) == {"missing_column": 1} or not reasons(root).get("unexpected_error")
+
+
+def test_pages_that_unpack_to_more_than_the_footer_says(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    table = pa.table({"a": pa.array([bytes(60 * MB)], pa.large_binary())})
+    pq.write_table(table, path, compression="zstd", use_dictionary=False, write_statistics=False)
+    column = pq.ParquetFile(path).metadata.row_group(0).column(0)
+    told, lie = varint(column.total_uncompressed_size), varint(1000)
+    lie = bytes(byte | 0x80 for byte in lie) + bytes([0x80] * (len(told) - len(lie) - 1)) + b"\0"  # as many bytes
+    whole = path.read_bytes()
+    assert len(whole) < MB and whole.count(told) == 2  # of the column, and of all of them
+    path.write_bytes(whole.replace(told, lie))
+    assert pq.ParquetFile(path).metadata.row_group(0).column(0).total_uncompressed_size == 1000
+    read = (
+        "import sys; from data_pipeline.sources import files, parquet_tables as tables;"
+        f"files.MAX_GROWTH_BYTES = {30 * MB}; tables.read_columns(sys.argv[1], tables.open_table(sys.argv[1]), ['a'])"
+    )  # in a process of its own: in this one Arrow may still have the memory of an earlier test
+    done = subprocess.run([sys.executable, "-c", read, str(path)], capture_output=True, text=True, check=False)
+    assert f"SourceError: too_large: {path}" in done.stderr
+
+
+def varint(number: int) -> bytes:
+    """As Thrift's compact protocol stores it."""
+    number, out = 2 * number, bytearray()
+    while number > 127:
+        out.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*out, number])
 
 
 def test_a_list_of_episodes_that_is_larger_than_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
