@@ -269,7 +269,8 @@ def open_container(path: PathLike) -> InputContainer:
     if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
         raise VideoError("not_a_video", path, "it is no file but a folder, a pipe or a device")
     try:
-        return av.open(os.fspath(path), "r", options=dict(OPEN_OPTIONS), metadata_errors="replace")
+        name = f"file:{os.fspath(path)}"  # else what stands before a colon (12:00.mp4) is taken for a protocol
+        return av.open(name, "r", options=dict(OPEN_OPTIONS), metadata_errors="replace")
     except (av.FFmpegError, OSError, ValueError) as error:
         raise _why_not_opened(path, error) from error
 

@@ -6,6 +6,7 @@ A caption for `a/b.mp4` is the text of `a/b.txt`, or a string under one of `CAPT
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from functools import cached_property
 from pathlib import Path
@@ -194,9 +195,9 @@ def video_repairs(name: str, info: VideoInfo) -> tuple[str, ...]:
 def _read_caption(video: Path) -> tuple[str | None, tuple[str, ...]]:
     text_file, json_file = video.with_suffix(".txt"), video.with_suffix(".json")
     try:
-        if text_file.is_file():
+        if os.path.isfile(text_file):  # which is false, not an error, where a suffix makes the name too long
             return " ".join(read_text(text_file).split()) or None, ()
-        if json_file.is_file():
+        if os.path.isfile(json_file):
             data = read_json(json_file)
             for key in CAPTION_KEYS if isinstance(data, dict) else ():
                 if isinstance(data.get(key), str) and data[key].strip():
@@ -228,7 +229,7 @@ def _unread_files(root: Path, videos: list[Path]) -> list[str]:
         notes.append(
             f"Files that may be videos are not read ({other}): convert them to one of {', '.join(VIDEO_SUFFIXES)}."
         )
-    with_numbers = [path for path in sorted(captions) if path.is_file() and _holds_number_lists(path)][:1]
+    with_numbers = [path for path in sorted(captions) if os.path.isfile(path) and _holds_number_lists(path)][:1]
     if with_numbers:
         notes.append(
             f"{with_numbers[0].name} holds lists of numbers, perhaps actions: only its caption is read. Kind "

@@ -97,6 +97,24 @@ def test_a_variable_rate_is_placed_by_time(tmp_path: Path) -> None:
     assert "variable frame rate" in episode.repairs[0]
 
 
+def test_any_name_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["2024-01-01T12:00:00", "pipe:0", "http://x", "new\nline \N{GRINNING FACE}", "a%03d", "[bold]", "x" * 251]
+    names += [os.fsdecode(b"not utf-8 \xff")]
+    write_video(tmp_path / "whole.mp4", numbered_frames(range(3)))
+    monkeypatch.chdir(tmp_path)
+    for name in names:
+        path = Path(f"{name}.mp4")
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(Path("whole.mp4").read_bytes())
+    Path("whole.mp4").unlink()
+    source = open_folder(Path())
+    episodes = [source.read_episode(episode_id) for episode_id in source.list_episodes()]
+    assert len(episodes) == len(names)
+    for episode in episodes:
+        assert read_numbers(episode.views["main"].read([2])) == [2]
+        assert len(episode.episode_id) < 80 and episode.repairs == ()
+
+
 def test_what_frames_lose_by_becoming_eight_bit_rgb_is_told(tmp_path: Path) -> None:
     tags = "colorprim=bt2020:transfer=smpte2084:colormatrix=bt2020nc"
     write_video(tmp_path / "a.mp4", numbered_frames(range(3)), pix_fmt="yuv420p10le", options={"x264-params": tags})
