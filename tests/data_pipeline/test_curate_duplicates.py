@@ -1,12 +1,16 @@
 """Duplicates: which of several alike is kept does not depend on order, and nothing unlike is dropped."""
 
 import random
+import sys
+from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from configs.loader import UserError
+from data_pipeline.curate import duplicates
 from data_pipeline.curate.duplicates import (
     DuplicateConfig,
     Leak,
@@ -161,6 +165,21 @@ def test_the_order_does_not_matter(cluster_size):
     again = semantic_duplicates([keys[i] for i in order], embeddings[order], 0.97, quality, cluster_size)
     assert 0 < len(first) < len(keys) and first == again
     assert all(kept not in first for kept in first.values())
+
+
+def test_two_thousand_clips_are_clustered_by_faiss(monkeypatch):
+    """And fewer are compared pair by pair, whatever is installed."""
+    keys, embeddings = groups(1000, 2)
+    with monkeypatch.context() as without_faiss:
+        without_faiss.setitem(sys.modules, "faiss", None)
+        assert len(semantic_duplicates(keys[:1998], embeddings[:1998], 0.97)) == 999
+        with pytest.raises(UserError, match="needs faiss"):
+            semantic_duplicates(keys, embeddings, 0.97)
+    faiss = duplicates.import_faiss()
+    monkeypatch.setattr(faiss, "Kmeans", trained := mock.Mock(wraps=faiss.Kmeans))
+    rejected = semantic_duplicates(keys, embeddings, 0.97)
+    assert trained.call_args.args == (32, 2) and 990 < len(rejected) <= 1000
+    assert semantic_duplicates(keys, embeddings, 0.97) == rejected
 
 
 def test_bad_embeddings_are_refused():
