@@ -20,7 +20,10 @@ from tests.data_pipeline.recordings import numbered_frames, write_lerobot_v21, w
 from tests.data_pipeline.test_build import config_of, digests
 
 NUM_KILLS = 20
-LONGEST_WAIT_S = 1.0  # a build works for some two seconds once its workers are there
+LONGEST_WAIT_S = 0.5  # a build works for some two seconds, and after a kill goes on from there
+# Starting a build and its workers is what takes long. At most two of its workers: an episode that ends more of them is
+# given up, and rightly.
+VICTIMS = ("build", "worker build", "worker worker build", "worker worker build")
 WORKER = "ray::_work_on_row"
 # Starts builds by forking: importing torch and Ray anew for each of them would take most of the test's time.
 STARTER = """
@@ -126,8 +129,7 @@ def test_twenty_kills_change_no_byte(ray, recordings, tmp_path):
     builds = Builds(config_path, tmp_path / "log")
     while sum(kills.values()) < NUM_KILLS:
         pid = builds.start()
-        # At most two of a build's workers: an episode that ends more of them is given up, and rightly.
-        for victim in chance.choice(["build", "worker build", "worker worker build"]).split():
+        for victim in chance.choice(VICTIMS).split():
             if not wait_for_workers(pid):
                 break
             time.sleep(chance.uniform(0, LONGEST_WAIT_S))
