@@ -98,15 +98,18 @@ class EventLog:
         if error is None:
             self._reserve.unlink(missing_ok=True)
             return
-        said = str(error).splitlines() or [""]
-        self.note("failed", error=f"{type(error).__name__}: {said[0]}")
+        said = (str(error).splitlines() or [""])[0]
         is_lost = isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _LOST_CONTACT)
-        if is_lost or isinstance(error, dist.DistError):
-            raise LostRankError(
-                f"rank {self._rank} on {socket.gethostname()} lost contact with the other ranks at step {self.step} "
-                f"({said[0]}): one of them has ended. Its own log, {self._path} and stacks/ beside it may say why; "
-                "the same command goes on from the last checkpoint."
-            ) from error
+        if not is_lost and not isinstance(error, dist.DistError):
+            self.note("failed", error=f"{type(error).__name__}: {said}")
+            return
+        lost = LostRankError(
+            f"rank {self._rank} on {socket.gethostname()} lost contact with the other ranks at step {self.step} "
+            f"({said}): one of them has ended. Its own log, {self._path} and stacks/ beside it may say why; "
+            "the same command goes on from the last checkpoint."
+        )
+        self.note("failed", error=str(lost))  # at once: a launcher that has seen the other rank end may end this one
+        raise lost from error
 
 
 def _plain(value: Any) -> Any:

@@ -109,7 +109,7 @@ def test_activations_are_what_autograd_keeps(sizes, precision, mode):
     if precision == "bf16" and mode == "none":
         on_paper += 2 * model_size(model).cast  # autocast's copies of weights
     assert loss.requires_grad
-    assert on_paper == pytest.approx(measured, rel=0.15)
+    assert on_paper == pytest.approx(measured, rel=0.15 if torch.__version__ >= "2.12" else 0.25)  # 2.11 keeps less
 
 
 def test_saved_tensors_are_what_is_kept():
