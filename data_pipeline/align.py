@@ -169,6 +169,8 @@ def row_times_problem(times_s: Float64[np.ndarray, "n"] | None, num_rows: int) -
 
 def spans(is_valid: Bool[np.ndarray, "k"]) -> tuple[tuple[int, int], ...]:
     """The runs of True as (first, end)."""
+    if is_valid.all():  # as nearly always
+        return ((0, len(is_valid)),) if len(is_valid) else ()
     edges = np.flatnonzero(np.diff(np.concatenate([[False], is_valid, [False]]).astype(np.int8)))
     return tuple((int(first), int(end)) for first, end in edges.reshape(-1, 2))
 

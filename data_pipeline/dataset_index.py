@@ -16,7 +16,7 @@ from configs.loader import UserError
 from configs.problems import show
 
 from .dataset import MANIFEST, MANIFEST_SCHEMA, OPENED, SHARDS, DatasetFolder, Split, read_table
-from .shards import ShardError, read_records
+from .shards import Bytes, ShardError, read_records
 from .storage import Address, StorageConfig, open_files
 
 
@@ -44,6 +44,7 @@ class DatasetIndex(DatasetFolder):
         self.files = open_files(address, storage or StorageConfig())
         super().__init__(self.files.fetch(OPENED), address)
         self._table = self._read_manifest(_COLUMNS)
+        self._keys = self._table["key"]
         self._check_places()
         # Plain arrays: a million Python rows would take a gigabyte, and a lookup in Arrow a microsecond too many.
         shards = self._table["shard"].combine_chunks()
@@ -97,7 +98,7 @@ class DatasetIndex(DatasetFolder):
         return np.flatnonzero(mask)
 
     def key(self, i: int) -> str:
-        return self._table["key"][int(i)].as_py()
+        return self._keys[int(i)].as_py()
 
     def largest_shards(self, number: int) -> float:
         """Bytes of so many shards at most."""
@@ -116,21 +117,21 @@ class DatasetIndex(DatasetFolder):
         """That sample i will be read soon."""
         self.files.announce(self._shards[self._shard_of[i]], int(self._offsets[i]), int(self._num_bytes[i]))
 
-    def read_sample(self, i: int, *, check_sha256: bool = False) -> dict[str, Any]:
-        """The members of sample i: `__key__`, and bytes by suffix (see `sample.py`)."""
+    def read_sample(self, i: int, *, check_sha256: bool = False, as_views: bool = False) -> dict[str, Any]:
+        """The members of sample i: `__key__`, and bytes by suffix (see `sample.py`), or memoryviews of one buffer."""
         shard = self._shards[self._shard_of[i]]
         try:
             records = self.files.read(shard, int(self._offsets[i]), int(self._num_bytes[i]))
             if check_sha256:
                 self._check_sha256(i, records)
-            members = read_records(records)
+            members = read_records(memoryview(records) if as_views else records)
             if members["__key__"] != self.key(i):
                 raise ShardError(f"holds sample {members['__key__']} in its place")
         except ShardError as error:
             raise self.bad_sample(i, error) from error
         return members
 
-    def _check_sha256(self, i: int, records: bytes) -> None:
+    def _check_sha256(self, i: int, records: Bytes) -> None:
         if hashlib.sha256(records).hexdigest() != self._sha256[int(i)].as_py():
             raise ShardError("holds other bytes than its checksum promises", "wrong_checksum")
 

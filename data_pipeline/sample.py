@@ -16,20 +16,22 @@ from __future__ import annotations
 
 import io
 import re
+import tokenize
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from jaxtyping import BFloat16, Float32
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 
-from configs.loader import StrictConfig
-
 from .encoder_config import TEMPORAL_STRIDE
+from .shards import Bytes
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 SCHEMA_VERSION = 1
@@ -42,20 +44,26 @@ VIEW_NAME = re.compile(r"[a-z0-9_-]+")
 """No dot, and lower case because WebDataset lower-cases what follows the key."""
 
 
-class SourceMeta(StrictConfig):
+class _Record(BaseModel):
+    """Strict as a config is, but without what only settings need: training reads one with every sample."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class SourceMeta(_Record):
     name: str
     uri: str = Field(description="Where the episode was read from.")
     licence: str | None
     sha256: str = Field(description="Of the bytes that the episode was read from.")
 
 
-class ViewMeta(StrictConfig):
+class ViewMeta(_Record):
     height: int
     width: int
     role: str = Field(description="wrist | head | external, guessed from the view's name.")
 
 
-class SampleMeta(StrictConfig):
+class SampleMeta(_Record):
     """`K.meta.json`."""
 
     schema_version: int
@@ -128,8 +136,34 @@ def array_bytes(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def read_array(data: bytes) -> np.ndarray:
-    return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+def read_array(data: Bytes) -> np.ndarray:
+    """Raises ValueError where the bytes are not those of `array_bytes`."""
+    header = bytes(data[: 10 + int.from_bytes(data[8:10], "little")])
+    try:
+        layout = _array_layout(header)
+        if layout is None:
+            return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+        shape, dtype = layout
+        return np.ndarray(shape, dtype, data, len(header)).copy()
+    except _DAMAGED_HEADER as error:
+        raise ValueError(str(error)) from error
+
+
+_DAMAGED_HEADER = (SyntaxError, tokenize.TokenError, TypeError, OverflowError, MemoryError)
+"""What numpy may raise besides ValueError."""
+
+
+@lru_cache(maxsize=64)
+def _array_layout(header: bytes) -> tuple[tuple[int, ...], np.dtype] | None:
+    """Shape and dtype of a usual array; None: numpy has to read it.
+
+    Samples share few headers, and numpy takes longer to parse one than to read a hundred arrays.
+    """
+    stream = io.BytesIO(header)
+    if np.lib.format.read_magic(stream) != (1, 0):
+        return None
+    shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    return None if is_fortran or dtype.hasobject else (shape, dtype)
 
 
 def tensor_bytes(name: str, tensor: Tensor) -> bytes:
@@ -138,16 +172,36 @@ def tensor_bytes(name: str, tensor: Tensor) -> bytes:
     return save({name: tensor.contiguous()})
 
 
-def read_tensor(name: str, data: bytes) -> Tensor:
-    """Raises ValueError or KeyError where the bytes are not those of `tensor_bytes`."""
-    return _read_tensors(data)[name]
+def read_tensor(name: str, data: Bytes) -> Tensor:
+    """It shares the memory of `data` where that can be written to.
+
+    Raises ValueError or KeyError where the bytes are not those of `tensor_bytes`.
+    """
+    import torch  # as in `tensor_bytes`
+
+    header = bytes(data[: 8 + int.from_bytes(data[:8], "little")])
+    kind = (name, header, len(data))
+    if kind in _known_tensors:
+        dtype, shape = _known_tensors[kind]
+        numbers = memoryview(data)[len(header) :]
+        return torch.frombuffer(bytearray(numbers) if numbers.readonly else numbers, dtype=dtype).reshape(shape)
+    tensors = _read_tensors(data)
+    tensor = tensors[name]
+    if len(tensors) == 1 and tensor.numel() and len(header) < 1000 and len(_known_tensors) < 1000:
+        _known_tensors[kind] = tensor.dtype, tensor.shape
+    return tensor
 
 
-def _read_tensors(data: bytes) -> dict[str, Tensor]:
+_known_tensors: dict[tuple[str, bytes, int], tuple[torch.dtype, torch.Size]] = {}
+"""Type and shape by name, header and size of files that safetensors has read: it would find the same in all others of
+their kind. Samples are of few kinds, and each takes it longer than the numbers do."""
+
+
+def _read_tensors(data: Bytes) -> dict[str, Tensor]:
     from safetensors.torch import load  # as in `tensor_bytes`
 
     try:
-        return load(data)
+        return load(bytes(data))
     except SafetensorError as error:
         raise ValueError(str(error)) from error
 

@@ -8,7 +8,9 @@ last one (the layout that Megatron Energon writes).
 
 import hashlib
 import os
+import struct
 import tarfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -20,6 +22,8 @@ import numpy as np
 
 BLOCK = 512
 END_OF_TAR = bytes(2 * BLOCK)
+
+Bytes = bytes | bytearray | memoryview
 
 
 SHARD_PROBLEMS = {
@@ -52,8 +56,11 @@ def tar_records(members: Mapping[str, Any]) -> bytes:
     return b"".join(parts)
 
 
-def read_records(records: bytes) -> dict[str, Any]:
-    """The inverse of `tar_records`. Raises ShardError where the bytes are not the records of exactly one sample."""
+def read_records(records: Bytes) -> dict[str, Any]:
+    """The inverse of `tar_records`; members are what slices of `records` are.
+
+    Raises ShardError where the bytes are not the records of exactly one sample.
+    """
     members: dict[str, Any] = {}
     for key, suffix, start, size in _members(records):
         if members.setdefault("__key__", key) != key:
@@ -64,7 +71,7 @@ def read_records(records: bytes) -> dict[str, Any]:
     return members
 
 
-def _members(records: bytes) -> Iterator[tuple[str, str, int, int]]:
+def _members(records: Bytes) -> Iterator[tuple[str, str, int, int]]:
     position = 0
     while position < len(records):
         key, suffix, size = _parse_header(records[position : position + BLOCK])
@@ -75,21 +82,32 @@ def _members(records: bytes) -> Iterator[tuple[str, str, int, int]]:
         position += size + -size % BLOCK
 
 
-def _parse_header(header: bytes) -> tuple[str, str, int]:
+_HEADER = struct.Struct("100s24x12s12x8s101x6s82x155s12x")  # name, size, checksum, magic word, prefix of the name
+
+
+def _parse_header(header: Bytes) -> tuple[str, str, int]:
     """Key, suffix and size. By hand: `tarfile` spends ten times as long on what a fixed layout tells at once."""
-    if len(header) < BLOCK or header[257:263] != b"ustar\0":
+    name, octal_size, checksum, magic, prefix = _HEADER.unpack(header) if len(header) == BLOCK else (b"",) * 5
+    if magic != b"ustar\0":
         raise ShardError("has no USTAR header where a member should start")
     try:
         # The checksum counts its own eight bytes as spaces.
-        is_whole = int(header[148:154], 8) == sum(header) - sum(header[148:156]) + 8 * ord(" ")
-        prefix, name = header[345:500].rstrip(b"\0"), header[:100].rstrip(b"\0")
+        total = _sum(header[:148]) + _sum(header[156:400]) + _sum(header[400:]) + 8 * ord(" ")
+        is_whole = int(checksum[:6], 8) == total
+        prefix, name = prefix.rstrip(b"\0"), name.rstrip(b"\0")
         key, _, suffix = (prefix + b"/" * bool(prefix) + name).decode().partition(".")
-        size = int(header[124:135], 8)
+        size = int(octal_size[:11], 8)
     except ValueError:
         is_whole = False
     if not is_whole:
         raise ShardError("has a damaged member header")
     return key, suffix, size
+
+
+def _sum(part: Bytes) -> int:
+    """Of at most 256 bytes, which the lower half of Adler-32 counts from 1 on (modulo 65521); `sum` takes ten times as
+    long."""
+    return (zlib.adler32(part) & 0xFFFF) - 1
 
 
 # --- writing ------------------------------------------------------------------------------------------------------
@@ -225,7 +243,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 class ShardReader:
     """Reads byte ranges; a bounded number of files stays open.
 
-    `pread` takes its position as an argument, so the open files may be shared by threads and by forked workers.
+    `preadv` takes its position as an argument, so the open files may be shared by threads and by forked workers.
     """
 
     def __init__(self, root: Path, max_open: int = 128) -> None:
@@ -233,14 +251,15 @@ class ShardReader:
         self.max_open = max_open
         self._files: OrderedDict[str, int] = OrderedDict()
 
-    def read(self, shard: str, offset: int, num_bytes: int) -> bytes:
+    def read(self, shard: str, offset: int, num_bytes: int) -> bytearray:
         size, end = self.size(shard), offset + num_bytes
         try:
             # No more than there is: memory is taken before anything is read, and the manifest may promise any size.
-            data = os.pread(self._file(shard), max(0, min(end, size) - offset), offset)
+            data = bytearray(max(0, min(end, size) - offset))
+            num_read = os.preadv(self._file(shard), [data], offset)
         except OSError as error:
             raise ShardError(f"cannot be read ({error.strerror})", "unreadable_shard") from error
-        if len(data) < num_bytes:
+        if num_read < num_bytes:
             raise ShardError(f"ends at byte {size}, but this sample should reach to byte {end}", "truncated_shard")
         return data
 
@@ -276,5 +295,5 @@ class ShardReader:
         return {"root": self.root, "max_open": self.max_open, "_files": OrderedDict()}
 
 
-def parse_index(data: bytes) -> np.ndarray:
+def parse_index(data: Bytes) -> np.ndarray:
     return np.frombuffer(data, dtype="<u8")

@@ -25,7 +25,7 @@ from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, model
 from configs.loader import StrictConfig, UserError
 
 from .disk_cache import DiskCache
-from .shards import ShardError, ShardReader
+from .shards import Bytes, ShardError, ShardReader
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class DatasetFiles(Protocol):
         """That these bytes will be read soon, for whom it helps to know."""
         ...
 
-    def read(self, name: str, offset: int, num_bytes: int) -> bytes:
+    def read(self, name: str, offset: int, num_bytes: int) -> Bytes:
         """ShardError where the file is missing, ends before, or cannot be read."""
         ...
 

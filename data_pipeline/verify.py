@@ -21,7 +21,7 @@ from .one_thread import one_thread
 from .pack import DatasetStatistics
 from .progress import track
 from .sample import KEY, Sample, SampleMeta, validate
-from .shards import BLOCK, END_OF_TAR, ShardError, index_path, parse_index, read_records
+from .shards import BLOCK, END_OF_TAR, Bytes, ShardError, index_path, parse_index, read_records
 from .storage import Address, StorageConfig, open_files
 from .video_io import VideoError, decode_clip
 
@@ -229,7 +229,7 @@ class _Shard:
         if mark != END_OF_TAR and len(mark) % BLOCK == 0:
             yield "does not end with the end mark of a tar"
 
-    def _records_problems(self, row: Row, records: bytes) -> list[str]:
+    def _records_problems(self, row: Row, records: Bytes) -> list[str]:
         if hashlib.sha256(records).hexdigest() != row["sha256"]:
             return [f"{row['key']}: its bytes differ from its checksum"]
         try:

@@ -106,13 +106,13 @@ def test_the_cursor_does_not_run_ahead_with_the_workers(mixed):
 @pytest.mark.parametrize("announced_batches", [0, 3])
 def test_the_disk_is_told_of_batches_before_they_are_read(mixed, monkeypatch, announced_batches):
     read, announced = [], []
-    pread = os.pread
+    preadv = os.preadv
 
-    def note_read(file, num_bytes, offset):
-        read.append((num_bytes, offset, len(announced)))
-        return pread(file, num_bytes, offset)
+    def note_read(file, buffers, offset):
+        read.append((sum(map(len, buffers)), offset, len(announced)))
+        return preadv(file, buffers, offset)
 
-    monkeypatch.setattr(os, "pread", note_read)
+    monkeypatch.setattr(os, "preadv", note_read)
     monkeypatch.setattr(os, "posix_fadvise", lambda file, offset, length, advice: announced.append((length, offset)))
     take(loader(mixed, announced_batches=announced_batches), 5)
     if announced_batches:

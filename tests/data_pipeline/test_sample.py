@@ -1,12 +1,18 @@
 """The sample: to bytes and back, and every way to break its contract is named."""
 
+import io
 import json
+from tokenize import TokenError
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
-from data_pipeline.sample import Sample, array_bytes, tensor_bytes, validate
+from data_pipeline.sample import Sample, array_bytes, read_array, read_tensor, tensor_bytes, validate
 from tests.data_pipeline.tiny_dataset import tiny_sample
 
 
@@ -104,3 +110,76 @@ def test_a_broken_promise_is_named(name):
     problems = validate(members)
     assert any(message in problem for problem in problems), problems
     assert all(problem.startswith(f"{members['__key__']}: ") for problem in problems)
+
+
+# --- members as bytes ---------------------------------------------------------------------------------------------
+
+
+LIBRARIES = (ValueError, KeyError, SyntaxError, TokenError, OverflowError, MemoryError, SafetensorError)
+
+
+def result_of(read, data, errors=LIBRARIES):
+    """What is read, or that it cannot be."""
+    try:
+        return read(data)
+    except errors:
+        return "an error"
+
+
+@st.composite
+def damaged(draw, data):
+    """The data whole, with a few bits flipped, or cut."""
+    changed = bytearray(data)
+    for position in draw(st.lists(st.integers(0, len(data) - 1), max_size=2)):
+        changed[position] ^= 1 << draw(st.integers(0, 7))
+    return bytes(changed[: draw(st.integers(0, len(data)))]) if draw(st.booleans()) else bytes(changed)
+
+
+ARRAYS = {
+    "actions": array_bytes(np.arange(24, dtype=np.float32).reshape(8, 3)),
+    "doubles": array_bytes(np.arange(3.0)),
+    "nothing": array_bytes(np.zeros((0, 4), np.float32)),
+    "a number": array_bytes(np.float32(3)),
+    "objects": array_bytes(np.zeros((8, 3), np.float32)).replace(b"<f4", b"|O "),
+    "columns first": array_bytes(np.zeros((8, 3), np.float32)).replace(b"False", b"True "),
+}
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+@settings(max_examples=60)
+@given(data=st.data())
+def test_arrays_are_read_as_numpy_reads_them(name, data):
+    data = data.draw(damaged(ARRAYS[name]))
+    expected = result_of(lambda data: np.lib.format.read_array(io.BytesIO(data)), data)
+    found = result_of(read_array, data, ValueError)
+    assert isinstance(found, str) == isinstance(expected, str)
+    if isinstance(expected, np.ndarray):
+        assert (found.dtype, found.shape, found.flags.writeable) == (expected.dtype, expected.shape, True)
+        assert found.tobytes() == expected.tobytes()
+
+
+TENSORS = {
+    "latents": tensor_bytes("latents", torch.arange(96.0).reshape(2, 6, 8).bfloat16()),
+    "single numbers": tensor_bytes("latents", torch.arange(5.0)),
+    "nothing": tensor_bytes("latents", torch.zeros(0, 3)),
+    "two": save({"latents": torch.ones(2), "more": torch.zeros(3)}),
+}
+
+
+@pytest.mark.parametrize("name", TENSORS)
+@settings(max_examples=60)
+@given(data=st.data(), kind=st.sampled_from([bytes, bytearray, lambda data: memoryview(bytearray(data))]))
+def test_tensors_are_read_as_safetensors_reads_them(name, data, kind):
+    read_tensor("latents", TENSORS[name])  # so that this kind is known
+    data = data.draw(damaged(TENSORS[name]))
+    expected = result_of(lambda data: load(data)["latents"], data)
+    found = result_of(lambda data: read_tensor("latents", kind(data)), data, (ValueError, KeyError))
+    assert found == expected if isinstance(expected, str) else same_bits(found, expected)
+    with pytest.raises((KeyError, ValueError)):
+        read_tensor("others", kind(data))
+
+
+def same_bits(one, other):
+    return (one.dtype, one.shape) == (other.dtype, other.shape) and torch.equal(
+        one.contiguous().flatten().view(torch.uint8), other.contiguous().flatten().view(torch.uint8)
+    )

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from configs.problems import explain_refusal
@@ -18,6 +18,7 @@ from data_pipeline.shards import (
     ShardReader,
     ShardWriter,
     TarWriter,
+    _sum,
     index_path,
     parse_index,
     read_records,
@@ -64,6 +65,12 @@ def test_damaged_records_are_noticed_or_only_differ_in_data(members, data):
     except ShardError:
         return
     assert found.keys() == {"__key__", *members}
+
+
+@given(st.binary(max_size=256))
+@example(b"\xff" * 256)
+def test_bytes_are_added_up_exactly(part):
+    assert _sum(part) == sum(part)
 
 
 def test_every_sample_is_one_ranged_read(tmp_path):
