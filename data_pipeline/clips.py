@@ -2,11 +2,13 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Shaped, UInt8
 from pydantic import Field
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -15,6 +17,7 @@ from configs.loader import UserError
 
 from .align import AlignedControl, ClipClock, align_control, nearest_frames, spans, spans_mask
 from .augment import Augmentation, AugmentConfig, Place, Shown
+from .batch_memory import BatchMemory, Kind, MemoryPool, copy_same_shape
 from .dataset import DatasetDescription
 from .dataset_index import BadSampleError, DatasetIndex
 from .datasets import Datasets
@@ -41,6 +44,8 @@ frames, h w height and width of the picture that `layout` makes of the views, k 
 
 All of them speak of the same `crop_frames`: f of them are 1 + (f - 1) / 4 latent frames and (f - 1) * r actions, with r
 the dataset's actions per frame; those between frames i and i + 1 are the rows r * i to r * (i + 1).
+
+A batch of the loader lies in one block of memory, which is used again when the last of its tensors has gone.
 """
 
 
@@ -66,8 +71,22 @@ Request = tuple[int, Place | None]
 BadSample = tuple[str, str]
 """Reason and sentence of a sample that cannot be used."""
 
-Part = tuple[list[Batch], list[BadSample], Counter[str]]
-"""A rank's part of a batch: its clips, those that others stand in for, and the `TRAFFIC` that reading them took."""
+Clip = Mapping[str, Shaped[np.ndarray, "..."]]
+"""A clip's rows in the tensors of a batch (which share their memory)."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A rank's part of a batch, the samples that others stand in for, and the `TRAFFIC` that reading them took."""
+
+    memory: BatchMemory
+    keys: list[str]
+    bad: list[BadSample]
+    traffic: Counter[str]
+
+    def hand_over(self) -> Batch:
+        """To be called once."""
+        return self.memory.hand_over() | {"keys": self.keys}
 
 
 class ClipDataset(Dataset[Batch]):
@@ -93,6 +112,28 @@ class ClipDataset(Dataset[Batch]):
             for name in index.embodiments
         }
 
+    @cached_property
+    def kinds(self) -> dict[str, Kind]:
+        """What a batch holds of one clip."""
+        inputs, described, layout = self.inputs, self.described, self.inputs.layout
+        views = (layout.num_views,) if layout.kind == "separate" else ()
+        # At least one number wide, so that no model needs a case for video without robots, or robots without proprio.
+        actions = (inputs.num_actions, max(described.action_dim, 1))
+        pictures: dict[str, Kind] = {
+            "latents": (np.float32, (*views, *inputs.latent_shape)),
+            "video": (np.uint8, (*views, inputs.num_frames, *layout.size, 3)),
+        }
+        if self.config.reads != "both":
+            pictures = {self.config.reads: pictures[self.config.reads]}
+        return pictures | {
+            "view_is_valid": (np.bool_, (layout.num_views,)),
+            "text_tokens": (np.float32, (self.config.text_length, self.index.info.text_encoder.width)),
+            "actions": (np.float32, actions),
+            "action_is_valid": (np.bool_, actions),
+            "has_actions": (np.bool_, ()),
+            "proprio": (np.float32, (max(described.proprio_dim, 1),)),
+        }
+
     def __len__(self) -> int:
         return len(self.index)
 
@@ -101,15 +142,22 @@ class ClipDataset(Dataset[Batch]):
 
     def read(self, position: int, place: Place | None = None) -> Batch:
         """A sample as it is shown at this place of the order; without one, as it is."""
-        members = self.index.read_sample(position, check_sha256=self.config.check_sha256)
+        memory = BatchMemory(self.kinds, 1, MemoryPool())
+        key = self.write({name: rows[0, ...] for name, rows in memory.rows().items()}, position, place)
+        return {name: rows[0] for name, rows in memory.hand_over().items()} | {"keys": key}
+
+    def write(self, clip: Clip, position: int, place: Place | None = None) -> str:
+        """Writes a sample into the rows of a batch, and gives its key. After an error they may hold anything."""
+        members = self.index.read_sample(position, check_sha256=self.config.check_sha256, as_views=True)
         try:
-            return self._tensors(members, place)
+            self._write(clip, members, place)
         except (KeyError, ValueError, RuntimeError, VideoError) as error:
             problem = ShardError(f"holds a member that cannot be read ({error})", "damaged_member")
             raise self.index.bad_sample(position, problem) from error
+        return members["__key__"]
 
-    def _tensors(self, members: dict[str, Any], place: Place | None) -> Batch:
-        meta = SampleMeta.model_validate_json(members["meta.json"])
+    def _write(self, clip: Clip, members: Mapping[str, Any], place: Place | None) -> None:
+        meta = SampleMeta.model_validate_json(bytes(members["meta.json"]))
         shown = self.augmentation.draw(place, meta.num_frames)
         clock = ClipClock(
             shown.start / meta.fps,
@@ -117,30 +165,23 @@ class ClipDataset(Dataset[Batch]):
             self.inputs.num_frames,
             self.index.info.actions_per_frame,
         )
-        clip: Batch = {}
         if self.config.reads != "video":
-            clip["latents"] = self._latents(members, shown)
+            self._write_latents(clip["latents"], members, shown)
         if self.config.reads != "latents":
-            clip["video"] = self._video(members, meta, shown, clock)
-        actions, is_valid, proprio = self._control(members, meta, clock)
-        return clip | {
-            "view_is_valid": torch.tensor(shown.view_is_valid),
-            "text_tokens": self._text(members),
-            "actions": actions,
-            "action_is_valid": is_valid,
-            "has_actions": torch.tensor(meta.has_actions),
-            "proprio": proprio,
-            "keys": members["__key__"],
-        }
+            self._write_video(clip["video"], members, meta, shown, clock)
+        clip["view_is_valid"][:] = shown.view_is_valid
+        self._write_text(clip["text_tokens"], members)
+        clip["has_actions"][...] = meta.has_actions
+        self._write_control(clip, members, meta, clock)
 
-    def _latents(self, members: Mapping[str, Any], shown: Shown) -> Float[Tensor, "..."]:
+    def _write_latents(self, picture: np.ndarray, members: Mapping[str, Any], shown: Shown) -> None:
         # A causal codec's first latent frames are those of the first frames, whatever comes after them.
         frames = self.inputs.num_latent_frames
         views = [
             read_tensor("latents", members[f"{view}.latents.safetensors"])[:frames] if is_valid else self._black[view]
             for view, is_valid in zip(shown.views, shown.view_is_valid, strict=True)
         ]
-        return self.inputs.layout.join(views, LATENTS)
+        self.inputs.layout.write(torch.from_numpy(picture), views, LATENTS)
 
     def _black_latents(self) -> dict[str, Float[Tensor, "t c h w"]]:
         """Of the views that may be dropped: what black video is encoded to."""
@@ -152,9 +193,9 @@ class ClipDataset(Dataset[Batch]):
             if codec is not None
         }
 
-    def _video(
-        self, members: Mapping[str, Any], meta: SampleMeta, shown: Shown, clock: ClipClock
-    ) -> UInt8[Tensor, "..."]:
+    def _write_video(
+        self, picture: np.ndarray, members: Mapping[str, Any], meta: SampleMeta, shown: Shown, clock: ClipClock
+    ) -> None:
         positions = nearest_frames(clock.frame_times_s, meta.fps).clip(max=meta.num_frames - 1)
         views = [
             torch.from_numpy(decode_clip(members[f"{view}.mp4"], positions))
@@ -162,40 +203,36 @@ class ClipDataset(Dataset[Batch]):
             else _black_video(len(positions), *self._size(view))
             for view, is_valid in zip(shown.views, shown.view_is_valid, strict=True)
         ]
-        return self.inputs.layout.join(views, PIXELS)
+        self.inputs.layout.write(torch.from_numpy(picture), views, PIXELS)
 
     def _size(self, view: str) -> tuple[int, int]:
         return self.index.views[view].height, self.index.views[view].width
 
-    def _text(self, members: dict[str, Any]) -> torch.Tensor:
-        padded = torch.zeros(self.config.text_length, self.index.info.text_encoder.width)
+    def _write_text(self, tokens: np.ndarray, members: Mapping[str, Any]) -> None:
+        length = 0
         if "text.safetensors" in members:
-            text = read_tensor("text", members["text.safetensors"])[: self.config.text_length]
-            padded[: len(text)] = text
-        return padded
+            text = read_tensor("text", members["text.safetensors"])[: len(tokens)]
+            length = len(text)
+            copy_same_shape(torch.from_numpy(tokens[:length]), text)
+        tokens[length:] = 0
 
-    def _control(
-        self, members: Mapping[str, Any], meta: SampleMeta, clock: ClipClock
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        described = self.described
-        # At least one number wide, so that no model needs a case for video without robots, or robots without proprio.
-        actions = torch.zeros(self.inputs.num_actions, max(described.action_dim, 1))
-        is_valid = torch.zeros(actions.shape, dtype=torch.bool)
-        proprio = torch.zeros(max(described.proprio_dim, 1))
+    def _write_control(self, clip: Clip, members: Mapping[str, Any], meta: SampleMeta, clock: ClipClock) -> None:
+        actions, is_valid, proprio = (clip[name] for name in ("actions", "action_is_valid", "proprio"))
+        for numbers in (actions, is_valid, proprio):
+            numbers[...] = 0
         if not meta.has_actions:
-            return actions, is_valid, proprio
+            return
         assert meta.embodiment is not None
         normalize_actions, normalize_proprio = self.normalizers[meta.embodiment]
-        control = read_control(members, meta, clock, described.embodiments[meta.embodiment])
+        control = read_control(members, meta, clock, self.described.embodiments[meta.embodiment])
         row_is_valid = spans_mask(control.spans, len(control.actions))
         if normalize_actions is not None:
             rows = normalize_actions.normalize(control.actions) * row_is_valid[:, None]
-            actions[:, : rows.shape[1]] = torch.from_numpy(rows)
-            is_valid[:, : rows.shape[1]] = torch.from_numpy(row_is_valid)[:, None]
+            actions[:, : rows.shape[1]] = rows
+            is_valid[:, : rows.shape[1]] = row_is_valid[:, None]
         if normalize_proprio is not None and control.proprio is not None:
             first = normalize_proprio.normalize(control.proprio[0])
-            proprio[: len(first)] = torch.from_numpy(first)
-        return actions, is_valid, proprio
+            proprio[: len(first)] = first
 
 
 class MixedClips(Dataset[Batch]):
@@ -204,6 +241,7 @@ class MixedClips(Dataset[Batch]):
     def __init__(self, datasets: Datasets, config: ClipConfig) -> None:
         config = config.model_copy(update={"views": datasets.inputs(config.inputs).config.views})
         self._datasets = datasets
+        self._memory = MemoryPool()
         self._clips = {name: ClipDataset(index, config, datasets) for name, index in datasets.by_name.items()}
 
     def __len__(self) -> int:
@@ -220,26 +258,27 @@ class MixedClips(Dataset[Batch]):
 
         Errors are handed over as values: raised in a worker process, torch would bury their sentence in a traceback.
         """
-        clips: list[Batch | None] = []
+        found = [self._datasets.find(position) for position, _ in requests]
+        memory = BatchMemory(self._clips[found[0][0]].kinds, len(requests), self._memory)
+        rows = memory.rows()
+        keys: dict[int, str] = {}
         bad: list[BadSample] = []
-        for position, place in requests:
+        for row, ((name, position), (_, place)) in enumerate(zip(found, requests, strict=True)):
             try:
-                clips.append(self.read(position, place))
+                clip = {tensor: values[row, ...] for tensor, values in rows.items()}
+                keys[row] = self._clips[name].write(clip, position, place)
             except BadSampleError as error:
-                clips.append(None)
                 bad.append((error.reason, str(error)))
-        good = [i for i, clip in enumerate(clips) if clip is not None]
-        if not good:
-            return UserError(f"None of the {len(clips)} samples of a batch's part can be used. {bad[0][1]}")
-        stand_ins = [clips[next((i for i in good if i >= place), good[0])] for place in range(len(clips))]
-        return [clip for clip in stand_ins if clip is not None], bad, self._take_traffic()
+        if not keys:
+            return UserError(f"None of the {len(requests)} samples of a batch's part can be used. {bad[0][1]}")
+        stand_ins = [next((good for good in keys if good >= row), next(iter(keys))) for row in range(len(requests))]
+        for row, stand_in in enumerate(stand_ins):
+            for values in rows.values() if row != stand_in else ():
+                values[row] = values[stand_in]
+        return Part(memory, [keys[row] for row in stand_ins], bad, self._take_traffic())
 
     def _take_traffic(self) -> Counter[str]:
         return sum((index.take_traffic() for index in self._datasets.by_name.values()), Counter())
-
-    def read(self, position: int, place: Place | None = None) -> Batch:
-        name, position = self._datasets.find(position)
-        return self._clips[name].read(position, place)
 
 
 def read_control(members: Mapping[str, Any], meta: SampleMeta, clock: ClipClock, robot: Embodiment) -> AlignedControl:
@@ -262,11 +301,5 @@ def _black_video(*size: int) -> UInt8[Tensor, "... 3"]:
 
 def collate(clips: list[Batch]) -> Batch:
     batch: Batch = {name: torch.stack([clip[name] for clip in clips]) for name in clips[0] if name != "keys"}
-    if "latents" in batch:
-        batch["latents"] = batch["latents"].float()
     batch["keys"] = [clip["keys"] for clip in clips]
     return batch
-
-
-def collate_part(part: Part | UserError) -> tuple[Batch, list[BadSample], Counter[str]] | UserError:
-    return part if isinstance(part, UserError) else (collate(part[0]), *part[1:])

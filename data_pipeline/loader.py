@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from configs.loader import UserError
 
-from .clips import BadSample, Batch, MixedClips, Request, collate_part
+from .clips import BadSample, Batch, MixedClips, Part, Request
 from .datasets import Datasets
 from .sample_order import Cursor
 from .sample_plan import PlanConfig, SamplePlan, check_ranks, check_same_order, plan_samples
@@ -85,19 +85,18 @@ class Loader:
         batches = DataLoader(
             self.clips,
             batch_sampler=_Parts(self, ahead),  # type: ignore[arg-type]  # any iterable of lists will do
-            collate_fn=collate_part,  # type: ignore[arg-type]  # so will what `__getitems__` gives
+            collate_fn=_as_it_is,  # type: ignore[arg-type]  # so will what `__getitems__` gives
             num_workers=workers,
             prefetch_factor=self.config.prefetch_factor if workers else None,
         )
         for part in batches:
             if isinstance(part, UserError):
                 raise part
-            batch, bad, traffic = part
-            self.num_read += len(batch["keys"])
-            self.traffic += traffic
-            self._count(bad)
+            self.num_read += len(part.keys)
+            self.traffic += part.traffic
+            self._count(part.bad)
             self.cursor = ahead.popleft()
-            yield batch
+            yield part.hand_over()
 
     def _count(self, bad: list[BadSample]) -> None:
         for reason, sentence in bad:
@@ -112,6 +111,11 @@ class Loader:
                 if allowed
                 else bad[0][1]
             )
+
+
+def _as_it_is(part: Part | UserError) -> Part | UserError:
+    """`MixedClips` gives whole batches."""
+    return part
 
 
 class LostWorkerError(UserError):

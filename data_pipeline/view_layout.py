@@ -15,6 +15,7 @@ from torch import Tensor
 
 from configs.loader import UserError
 
+from .batch_memory import copy_same_shape
 from .encoders import VideoCodec
 from .video_io import ViewConfig
 
@@ -70,8 +71,21 @@ class ViewLayout:
         rows = [torch.cat(cells[first : first + columns], height_axis + 1) for first in range(0, len(cells), columns)]
         return torch.cat(rows, height_axis)
 
+    def write(self, picture: Tensor, views: Sequence[Tensor], height_axis: int) -> None:
+        """Makes a picture what `join` gives. ValueError where a view has another size than its place."""
+        if self.kind == "separate":
+            places = list(picture)
+        else:
+            if self.kind == "tile":
+                picture.zero_()  # some cells may be left over
+            places = self.split(picture, height_axis)
+        for place, view in zip(places, views, strict=True):
+            copy_same_shape(place, view)
+
     def split(self, picture: Tensor, height_axis: int) -> list[Tensor]:
         """The views in a picture, with or without a batch axis."""
+        if self.num_views == 1:
+            return [picture]
         pixels = self.size[0] // picture.shape[height_axis]  # of which each row stands for so many
         rows = picture.split([height // pixels for height in self._row_heights], height_axis)
         cells = [cell for row in rows for cell in row.chunk(self._num_columns, height_axis + 1)]

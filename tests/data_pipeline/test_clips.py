@@ -161,7 +161,7 @@ def test_actions_that_were_not_recorded_stay_invalid(drawn, missing):
 def test_a_crop_of_stored_latents_is_what_its_frames_encode_to(index):
     stored, encoded = (clips(index, crop_frames=9, reads=reads)[0] for reads in ("latents", "video"))
     assert stored["latents"].shape == (3, 6, 4, 6) and encoded["video"].shape == (9, 16, 24, 3)
-    latents = tiny_codec().encode(encoded["video"][None])[0].to(torch.bfloat16)
+    latents = tiny_codec().encode(encoded["video"][None])[0].to(torch.bfloat16).float()
     assert torch.equal(stored["latents"], latents)
     assert torch.equal(stored["actions"], encoded["actions"]) and len(stored["actions"]) == 16
     whole = clips(index)[0]
@@ -211,6 +211,13 @@ def test_a_picture_holds_every_view_in_pixels_and_latents_alike(layout):
     picture, joined = layout.join(pixels, PIXELS), layout.join(latents, LATENTS)
     assert picture.shape == (2, 5, *layout.size, 3)
     assert torch.equal(picture[0, 0, ::4, ::4, 0], joined[0, 0, 0])  # each view in the same place
+    for views, whole, axis in ((pixels, picture, PIXELS), (latents, joined, LATENTS)):
+        written = torch.full_like(whole, 99)
+        layout.write(written, views, axis)
+        assert torch.equal(written, whole)
+        if layout.kind != "separate":
+            with pytest.raises(ValueError, match="its shape is"):
+                layout.write(written, [view[:1] for view in views], axis)
     for parts, found in ((pixels, layout.split(picture, PIXELS)), (latents, layout.split(joined, LATENTS))):
         assert all(torch.equal(part, one) for part, one in zip(parts, found, strict=True))
 

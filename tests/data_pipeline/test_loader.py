@@ -15,6 +15,7 @@ from configs.loader import UserError
 from data_pipeline.dataset_index import DatasetIndex
 from data_pipeline.datasets import Datasets
 from data_pipeline.loader import Loader, LoaderConfig, LostWorkerError, telling_of_lost_workers
+from data_pipeline.sample import tensor_bytes
 from data_pipeline.sample_order import Cursor
 from data_pipeline.video_io import ViewConfig
 from tests.data_pipeline.tiny_dataset import tiny_dataset, tiny_sample
@@ -195,6 +196,20 @@ def test_workers_and_checks_change_nothing(index):
             )
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_batches_that_are_kept_stay_as_they_are(index, num_workers):
+    """While the memory of others is used again."""
+    plain = take(loader(index), 40)
+    kept = [
+        (number, batch["latents"][1:, 0], batch["text_tokens"])
+        for number, batch in enumerate(islice(loader(index, num_workers=num_workers), 40))
+        if number % 10 == 0
+    ]
+    for number, latents, text in kept:
+        assert torch.equal(latents, plain[number]["latents"][1:, 0])
+        assert torch.equal(text, plain[number]["text_tokens"])
+
+
 def test_a_dataset_smaller_than_a_batch_repeats_itself(index):
     (batch,) = take(loader(index, split="validation", global_batch_size=64), 1)
     counts = np.unique(batch["keys"], return_counts=True)[1]
@@ -281,6 +296,22 @@ def test_actions_that_were_not_recorded_are_masked_and_zero(index, monkeypatch):
     valid = [True, True, False, False, False, True, True, True]
     assert batch["action_is_valid"][0].all(dim=1).tolist() == batch["action_is_valid"][0].any(dim=1).tolist() == valid
     assert batch["actions"][0, :, 0].tolist() == [102.0 * one for one in valid] and batch["has_actions"].all()
+
+
+@pytest.mark.parametrize(
+    ("member", "tensor"),
+    [
+        ("front.latents", torch.ones(1, 6, 4, 4)),  # one frame, which could be repeated
+        ("front.latents", torch.ones(2, 6, 4, 1)),
+        ("text", torch.ones(3, 1)),
+    ],
+)
+def test_numbers_of_another_shape_are_refused(index, monkeypatch, member, tensor):
+    members = tiny_sample(1, 2).to_members()
+    members[f"{member}.safetensors"] = tensor_bytes(member.split(".")[-1], tensor.bfloat16())
+    monkeypatch.setattr(index, "read_sample", lambda *_, **__: members)
+    with pytest.raises(UserError, match=r"a member that cannot be read \(its shape is \[.*\], but \[.*\] is"):
+        take(loader(index), 1)
 
 
 def test_video_on_request(index):
