@@ -31,10 +31,15 @@ export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$SCRATCH/inductor-$(id
 STEP='' STEP_SIGNAL=USR2 IS_STOPPING=no SIGNALS=0
 # shellcheck disable=SC2317 # traps call it
 on_signal() {
+    if [ "$1" = TERM ] && is_out_of_time; then # there is no waiting for the step: this script is killed with it
+        say "TERM: out of time before all was saved"
+        end_attempt 1
+    fi
     say "$1: the job is to end; waiting for it to save"
     IS_STOPPING=yes SIGNALS=$((SIGNALS + 1))
     [ "$1" = TERM ] || [ -z "$STEP" ] || kill -s "$STEP_SIGNAL" "$STEP" 2>/dev/null
 }
+is_out_of_time() { [ "$SECONDS" -ge "$((TIME_S - 10))" ]; }
 trap 'on_signal USR2' USR2
 trap 'on_signal TERM' TERM
 
@@ -72,7 +77,7 @@ requeue() { # which ends this script: SLURM sends TERM, and gives it some second
     local exclude
     trap '' TERM
     # A job that SLURM is ending already was cancelled, or is requeued without us; or saving took longer than there was.
-    if [ "$(job_says JobState)" != RUNNING ] && [ "$SECONDS" -lt "$((TIME_S - 10))" ]; then
+    if [ "$(job_says JobState)" != RUNNING ] && ! is_out_of_time; then
         say "SLURM has ended the job; whether it goes on is not for the job to say"
         return
     fi

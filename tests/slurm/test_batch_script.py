@@ -201,6 +201,30 @@ def test_after_a_failure_what_is_due_runs_again_and_nothing_else(chain: Chain):
     assert chain.verdicts("finetune/a") == ["done"]
 
 
+@pytest.mark.slow
+def test_a_node_that_is_not_fit_is_left_out_of_the_next_attempt(chain: Chain):
+    """By a Python that finds the second node unfit; the job goes on with one node."""
+    row = '{"node": "%s", "problems": {%s}}\\n'
+    (chain.folder / "python").write_text(f"""#!/bin/bash
+    case "$*" in
+    *"slurm.preflight check"*)
+        [ $SLURMD_NODENAME = n1 ] || problem='"disk": "is full"'
+        printf '{row}' $SLURMD_NODENAME "${{problem:-}}" >"$4/$SLURMD_NODENAME.json"
+        ;;
+    *) exec {sys.executable} "$@" ;;
+    esac
+    """)
+    (chain.folder / "python").chmod(0o755)
+    chain = Chain(chain.folder, chain.cluster, f"PYTHON={chain.folder}/python\n")
+    chain.write(pretrain={"does": "ok", "nodes": {"min": 1, "max": 2}, "launcher": "srun", "preflight": True})
+    chain.submit()
+    chain.wait_for_end()
+    attempts = read_attempts(chain.run_dir / "slurm/pretrain")
+    assert [(one.nodes, one.verdict) for one in attempts] == [(("n1", "n2"), "requeue"), (("n1",), "done")], (
+        chain.said()
+    )
+
+
 def test_a_container_is_given_the_command_and_the_folders(chain: Chain):
     """By a stand-in for apptainer, which notes what it was called with and runs the rest of it."""
     (chain.folder / "bin").mkdir()
