@@ -11,6 +11,8 @@ from pathlib import Path
 from configs.loader import UserError
 from configs.problems import suggest
 
+from .chain import TIME, seconds
+
 TIMEOUT_S = 120  # a controller that is busy may let one wait
 FIELDS = "%A|%F|%K|%T|%r|%L|%N"
 
@@ -21,6 +23,7 @@ class Partition:
 
     name: str
     nodes: int
+    limit: str  # of a job's time
     is_default: bool
 
 
@@ -52,15 +55,15 @@ def require() -> None:
 def read_partitions() -> list[Partition]:
     """Every partition that this user may see."""
     found: dict[str, Partition] = {}
-    for line in _run("sinfo", "--noheader", "--format=%P|%D").splitlines():  # a line per kind of node
-        name, nodes = line.strip().split("|")
+    for line in _run("sinfo", "--noheader", "--format=%P|%D|%l").splitlines():  # a line per kind of node
+        name, nodes, limit = line.strip().split("|")
         known = found.get(name.rstrip("*"))
         total = int(nodes) + (known.nodes if known else 0)
-        found[name.rstrip("*")] = Partition(name.rstrip("*"), total, name.endswith("*"))
+        found[name.rstrip("*")] = Partition(name.rstrip("*"), total, limit, name.endswith("*"))
     return list(found.values())
 
 
-def check_partition(partition: str, num_nodes: int, where: str) -> None:
+def check_partition(partition: str, num_nodes: int, time_s: int, where: str) -> None:
     """Says what SLURM would say, and what there is instead. `partition` may name several, or none: the default."""
     partitions = {one.name: one for one in read_partitions()}
     default = [one.name for one in partitions.values() if one.is_default]
@@ -68,10 +71,19 @@ def check_partition(partition: str, num_nodes: int, where: str) -> None:
     for name in names:
         if name not in partitions:
             raise UserError(f"{where}: this cluster has no partition {name}{suggest(name, sorted(partitions))}.")
-    if names and num_nodes > max(partitions[name].nodes for name in names):
+    if not names:
+        return
+    largest = max((partitions[name] for name in names), key=lambda one: one.nodes)
+    if num_nodes > largest.nodes:
         raise UserError(
-            f"{where}: needs {num_nodes} nodes, but partition {' or '.join(names)} has "
-            f"{max(partitions[name].nodes for name in names)}; lower nodes, or choose another partition."
+            f"{where}: needs {num_nodes} nodes, but partition {largest.name} has {largest.nodes}; lower nodes, or "
+            "choose another partition."
+        )
+    limits = [partitions[name].limit for name in names]
+    if all(TIME.fullmatch(limit) and seconds(limit) < time_s for limit in limits):
+        raise UserError(
+            f"{where}: its time is more than partition {names[0]} allows ({limits[0]}); lower time: the job goes on by "
+            "itself after each limit."
         )
 
 
@@ -79,7 +91,7 @@ def check_script(script: Path, where: str) -> None:
     """Lets SLURM look at a file without submitting it."""
     process = _call("sbatch", "--test-only", str(script))
     if process.returncode:
-        raise UserError(f"{where}: SLURM refuses {script}: {_first_error(process.stderr)}.")
+        raise UserError(f"{where}: SLURM refuses {script}: {_reason(process.stderr)}.")
 
 
 # --- jobs ---------------------------------------------------------------------------------------------------------
@@ -122,7 +134,7 @@ def cancel(jobs: Sequence[str]) -> None:
 def _run(*command: str) -> str:
     process = _call(*command)
     if process.returncode:
-        raise UserError(f"{command[0]}: {_first_error(process.stderr)}.")
+        raise UserError(f"{command[0]}: {_reason(process.stderr)}.")
     return process.stdout
 
 
@@ -134,7 +146,7 @@ def _call(*command: str) -> subprocess.CompletedProcess[str]:
         raise UserError(f"{command[0]}: SLURM has not answered for {TIMEOUT_S} s; try again later.") from None
 
 
-def _first_error(text: str) -> str:
+def _reason(text: str) -> str:
     """What a command of SLURM's said, without its own name and its estimates."""
     said = [re.sub(r"^\w+: (?:error|fatal): ", "", line) for line in text.splitlines() if " " in line]
     told = [line for line in said if not re.match(r"\w+: Job \d+ to start", line)]

@@ -1,5 +1,6 @@
 """What a stage's own command makes of its config, asked before anything is submitted: its mistakes are told at once."""
 
+import logging
 import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,8 @@ from .chain import Job, Task, TrainingConfig, usable_node_counts
 from .environment import Environment
 from .render import Place
 
+logger = logging.getLogger(__name__)
+
 Settings = dict[str, Any]
 
 
@@ -23,6 +26,8 @@ def check_stages(jobs: Sequence[Job], environment: Environment, place: Place) ->
     """
     python = Path(environment.cluster.python or place.python)
     can_ask = environment.cluster.container == "none" and python.is_file()
+    if can_ask:
+        logger.info("asking each stage's command what it makes of its config")
     counts = []
     with ThreadPoolExecutor(4) as pool:
         for job in jobs:

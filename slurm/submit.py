@@ -21,7 +21,7 @@ from pydantic import Field
 from configs.loader import UserError, dump_config, run_command
 
 from . import scheduler
-from .chain import REPOSITORY, ChainConfig, Job, StageName, plan_jobs
+from .chain import REPOSITORY, ChainConfig, Job, StageName, plan_jobs, seconds
 from .environment import Environment, filled_in, read_environment
 from .jobs import CHAIN_FILE, Submission, read_submissions, write_submissions
 from .render import Place, array_option, render, script_path
@@ -128,7 +128,8 @@ def check_partition(script: Script, environment: Environment) -> None:
     """Needs as many nodes as the partition has at most."""
     partition = script.job.config.partition or filled_in(environment.cluster.partition, str(environment.path))
     fewest = getattr(script.job.config, "min_nodes", script.max_nodes)
-    scheduler.check_partition(partition, fewest, f"stage {script.job.stage}")
+    limit_s = seconds(script.job.config.time)
+    scheduler.check_partition(partition, fewest, limit_s, f"stage {script.job.stage}")
 
 
 # --- submission ---------------------------------------------------------------------------------------------------
