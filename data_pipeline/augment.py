@@ -4,22 +4,26 @@ A draw is a pure function of the sample's place in the global order. Ranks, work
 alike, and what is drawn for one thing does not depend on what else is switched on.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
 from jaxtyping import Float64
-from pydantic import Field, NonNegativeFloat, PositiveFloat, field_validator
+from pydantic import Field, field_validator
 
 from configs.loader import StrictConfig, UserError
 
+from .encoder_config import TEMPORAL_STRIDE
 from .model_inputs import ModelInputs
 
 Place = tuple[int, ...]
 """Numbers that name a sample's place in the global order: seed, global batch, row in it."""
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Speed = Annotated[float, Field(ge=0.01, le=100)]
+Weight = Annotated[float, Field(ge=0, le=1e9)]  # bounded, so that their sum is a number
 
 
 class AugmentConfig(StrictConfig):
@@ -28,12 +32,12 @@ class AugmentConfig(StrictConfig):
     random_start: bool = Field(
         False, description="Begin the `crop_frames` anywhere in the clip, not at its first frame; takes reads=video."
     )
-    speed: tuple[PositiveFloat, PositiveFloat] = Field(
+    speed: tuple[Speed, Speed] = Field(
         (1.0, 1.0),
         description="Slowest and fastest that clips run, all between equally likely: at 2, frames and actions are "
         "twice as far apart in time; takes reads=video.",
     )
-    view_weights: dict[str, NonNegativeFloat] = Field(
+    view_weights: dict[str, Weight] = Field(
         {}, description="With layout=single and several views, how often each is shown; empty: equally often."
     )
     view_dropout: dict[str, Share] = Field(
@@ -70,14 +74,21 @@ class Augmentation:
         self._weights = self._cumulative_weights()
         self._draws = config != AugmentConfig() or self._weights is not None
         _known_views("view_dropout", config.view_dropout, inputs)
-        span = (inputs.num_frames - 1) * config.speed[1]
-        if span > inputs.dataset.num_frames - 1:
-            longest = 1 + int((inputs.dataset.num_frames - 1) / config.speed[1]) // 4 * 4
-            raise UserError(
-                f"loader.augment.speed up to {config.speed[1]:g} takes {inputs.num_frames} frames from {span + 1:g}, "
-                f"but the clips in {inputs.dataset.address} have {inputs.dataset.num_frames}; set loader.crop_frames "
-                f"to at most {longest}, or lower the speed."
-            )
+        self._check_room()
+
+    def _check_room(self) -> None:
+        """Refuse what leads behind a clip's last frame."""
+        inputs, fastest = self._inputs, self._config.speed[1]
+        last = inputs.dataset.num_frames - 1
+        if (inputs.num_frames - 1) * fastest <= last:
+            return
+        longest = 1 + int(last / fastest) // TEMPORAL_STRIDE * TEMPORAL_STRIDE
+        shorter = f"loader.crop_frames to at most {longest}, or " if longest > 1 else ""
+        raise UserError(
+            f"loader.augment.speed up to {fastest:g} takes {inputs.num_frames} frames from "
+            f"{(inputs.num_frames - 1) * fastest + 1:g}, but the clips in {inputs.dataset.address} have {last + 1}; "
+            f"set {shorter}the speed to at most {math.floor(100 * last / (inputs.num_frames - 1)) / 100:g}."
+        )
 
     def draw(self, place: Place | None, num_frames: int) -> Shown:
         """Of a sample of so many frames; without a place nothing is drawn."""

@@ -18,7 +18,7 @@ from configs.loader import UserError
 from .align import AlignedControl, ClipClock, align_control, nearest_frames, spans, spans_mask
 from .augment import Augmentation, AugmentConfig, Place, Shown
 from .batch_memory import BatchMemory, Kind, MemoryPool, copy_same_shape
-from .dataset import DatasetDescription
+from .dataset import DATASET_YAML, DatasetDescription
 from .dataset_index import BadSampleError, DatasetIndex
 from .datasets import Datasets
 from .embodiments import Embodiment
@@ -97,14 +97,7 @@ class ClipDataset(Dataset[Batch]):
         self.index, self.config = index, config
         self.described = among or index
         self.inputs = ModelInputs(index, config.inputs)
-        self.augmentation = Augmentation(self.inputs, config.augment)
-        if config.augment.moves_frames and config.reads != "video":
-            # Also a start at frame 4, 8, …: the first latent frame of the crop would stand for four frames, and the
-            # model has learned that the first one stands for one.
-            raise UserError(
-                f"loader.augment moves frames (random_start, speed), but loader.reads={config.reads} takes stored "
-                "latents, which begin with the clip; set loader.reads=video."
-            )
+        self.augmentation = augmentation_of(self.inputs, config)
         self._black = self._black_latents() if config.reads != "video" else {}
         mode = config.normalization
         self.normalizers = {
@@ -158,6 +151,7 @@ class ClipDataset(Dataset[Batch]):
 
     def _write(self, clip: Clip, members: Mapping[str, Any], place: Place | None) -> None:
         meta = SampleMeta.model_validate_json(bytes(members["meta.json"]))
+        self._check_fits(meta)
         shown = self.augmentation.draw(place, meta.num_frames)
         clock = ClipClock(
             shown.start / meta.fps,
@@ -173,6 +167,13 @@ class ClipDataset(Dataset[Batch]):
         self._write_text(clip["text_tokens"], members)
         clip["has_actions"][...] = meta.has_actions
         self._write_control(clip, members, meta, clock)
+
+    def _check_fits(self, meta: SampleMeta) -> None:
+        info = self.index.info
+        found = (meta.num_frames, meta.fps, meta.control_hz)
+        promised = (info.num_frames, info.fps, info.control_hz if meta.has_actions else None)
+        if found != promised:
+            raise ValueError(f"its num_frames, fps and control_hz are {found}, but {DATASET_YAML} says {promised}")
 
     def _write_latents(self, picture: np.ndarray, members: Mapping[str, Any], shown: Shown) -> None:
         # A causal codec's first latent frames are those of the first frames, whatever comes after them.
@@ -233,6 +234,18 @@ class ClipDataset(Dataset[Batch]):
         if normalize_proprio is not None and control.proprio is not None:
             first = normalize_proprio.normalize(control.proprio[0])
             proprio[: len(first)] = first
+
+
+def augmentation_of(inputs: ModelInputs, config: ClipConfig) -> Augmentation:
+    """What is drawn of a dataset's samples; what could not be shown is refused."""
+    if config.augment.moves_frames and config.reads != "video":
+        # Also a start at frame 4, 8, …: the first latent frame of the crop would stand for four frames, and the model
+        # has learned that the first one stands for one.
+        raise UserError(
+            f"loader.augment moves frames (random_start, speed), but loader.reads={config.reads} takes stored latents, "
+            "which begin with the clip; set loader.reads=video."
+        )
+    return Augmentation(inputs, config.augment)
 
 
 class MixedClips(Dataset[Batch]):

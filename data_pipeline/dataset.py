@@ -13,15 +13,16 @@
 
 import importlib.metadata
 import json
+import math
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import Field, ValidationError
 
 from configs.loader import StrictConfig, UserError
 
@@ -44,6 +45,9 @@ CODEC = "codec"
 TEXT_ENCODER = "text_encoder"
 SHARDS = "shards"
 
+MAX_VALUES = 10**6
+"""Of dataset.yaml."""
+
 OPENED = (
     *(DATASET_YAML, NORM_STATS, MANIFEST),
     *(f"{CODEC}/config.json", f"{CODEC}/codec.safetensors", f"{TEXT_ENCODER}/config.json"),
@@ -52,6 +56,11 @@ OPENED = (
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
+
+Size = Annotated[int, Field(gt=0, le=2**16)]
+"""Of what clips are made of. Tensors are made by it: what is far beyond all data is refused before."""
+
+Rate = Annotated[float, Field(ge=1e-3, le=1e6)]
 
 _NAME = pa.dictionary(pa.int32(), pa.string())
 
@@ -90,9 +99,9 @@ REJECTED_SCHEMA = pa.schema(
 class CodecInfo(StrictConfig):
     name: str
     weight_hash: str
-    temporal_stride: PositiveInt
-    spatial_stride: PositiveInt
-    latent_channels: PositiveInt
+    temporal_stride: Size
+    spatial_stride: Size
+    latent_channels: Size
     psnr: float = Field(description="dB of decoded latents against the stored video, over all pixels.")
     psnr_moving: float | None = Field(description="The same over moving pixels; null where nothing moves.")
     psnr_split: Split = Field(description="The clips they were measured on; train where there are no others.")
@@ -102,7 +111,7 @@ class CodecInfo(StrictConfig):
 class TextEncoderInfo(StrictConfig):
     name: str
     weight_hash: str
-    width: PositiveInt
+    width: Size
 
 
 class CaptionInfo(StrictConfig):
@@ -142,10 +151,10 @@ class DatasetInfo(StrictConfig):
 
     schema_version: int
     code_version: str
-    num_frames: PositiveInt
-    fps: PositiveFloat
-    actions_per_frame: PositiveInt
-    control_hz: PositiveFloat
+    num_frames: Size
+    fps: Rate
+    actions_per_frame: Size
+    control_hz: Rate
     views: dict[str, ViewConfig] = Field(min_length=1)
     embodiments: dict[str, Embodiment]
     codec: CodecInfo
@@ -195,7 +204,9 @@ def read_info(dataset: Path, address: Address | None = None) -> DatasetInfo:
     path, address = dataset / DATASET_YAML, address or dataset
     where = f"{address}/{DATASET_YAML}"
     try:
-        record = yaml.safe_load(path.read_text(encoding="utf-8"))
+        record = yaml.safe_load(_read_text(path))
+        if _unfolded_size(record, {}) > MAX_VALUES:
+            raise ValueError(f"it unfolds to more than {MAX_VALUES} values")
     except (FileNotFoundError, NotADirectoryError):
         if not dataset.is_dir():
             problem = "is no folder" if dataset.exists() else "no such folder"
@@ -220,7 +231,10 @@ def read_info(dataset: Path, address: Address | None = None) -> DatasetInfo:
 def read_table(path: Path, schema: pa.Schema, where: str | None = None) -> pa.Table:
     """The manifest or the rejected clips; of the columns, those of the schema. Errors call it `where`."""
     try:
-        return pq.read_table(path, columns=schema.names, memory_map=True).cast(schema)
+        _check_is_file(path)
+        table = pq.read_table(path, columns=schema.names, memory_map=True).cast(schema)
+        table.validate(full=True)  # that text is text, for one: nobody else looks
+        return table
     except (OSError, pa.ArrowException, ValueError) as error:
         raise UserError(
             f"{where or path}: is missing or damaged ({str(error).splitlines()[0]}); build the dataset again."
@@ -230,7 +244,7 @@ def read_table(path: Path, schema: pa.Schema, where: str | None = None) -> pa.Ta
 def read_norm_stats(dataset: Path, address: Address | None = None) -> dict[str, Any]:
     path, where = dataset / NORM_STATS, f"{address or dataset}/{NORM_STATS}"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(_read_text(path))
         NormStats.model_validate(record)
     except ValidationError as error:
         raise _not_as_written(where, error) from None
@@ -239,10 +253,32 @@ def read_norm_stats(dataset: Path, address: Address | None = None) -> dict[str, 
     return record
 
 
+def _read_text(path: Path) -> str:
+    _check_is_file(path)
+    return path.read_text(encoding="utf-8")
+
+
+def _check_is_file(path: Path) -> None:
+    """Before it is opened: a pipe would wait for whoever writes into it."""
+    if path.exists() and not path.is_file():
+        raise OSError("it is no file")
+
+
+def _unfolded_size(value: Any, known: dict[int, float]) -> float:
+    """Values in all, those that YAML refers to counted each time: a few lines of references unfold to any size."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = math.inf  # it holds itself
+        parts = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_unfolded_size(part, known) for part in parts)
+    return known[id(value)]
+
+
 def _not_as_written(path: str, error: ValidationError) -> UserError:
     first = error.errors()[0]
-    where = ".".join(map(str, first["loc"]))
-    return UserError(f"{path}: {where}: {first['msg']}; restore the file or build the dataset again.")
+    where = ": ".join(filter(None, (path, ".".join(map(str, first["loc"])))))
+    return UserError(f"{where}: {first['msg']}; restore the file or build the dataset again.")
 
 
 class DatasetDescription:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +16,18 @@ import pyarrow.compute as pc
 from configs.loader import UserError
 from configs.problems import show
 
-from .dataset import MANIFEST, MANIFEST_SCHEMA, OPENED, SHARDS, DatasetFolder, Split, read_table
+from .dataset import (
+    DATASET_YAML,
+    MANIFEST,
+    MANIFEST_SCHEMA,
+    OPENED,
+    SHARDS,
+    SPLITS,
+    DatasetFolder,
+    Split,
+    bucket_name,
+    read_table,
+)
 from .shards import Bytes, ShardError, read_records
 from .storage import Address, StorageConfig, open_files
 
@@ -40,7 +52,8 @@ _COLUMNS = ("key", "shard", "offset", "bytes", "split", "bucket", "source", "emb
 class DatasetIndex(DatasetFolder):
     """A dataset opened for reading: what it holds, and any sample of it by position in the manifest."""
 
-    def __init__(self, address: Address, storage: StorageConfig | None = None) -> None:
+    def __init__(self, address: Address, storage: StorageConfig | None = None, *, check_rows: bool = True) -> None:
+        """`check_rows`: refuse rows that contradict each other or dataset.yaml; `verify` lists them instead."""
         self.files = open_files(address, storage or StorageConfig())
         super().__init__(self.files.fetch(OPENED), address)
         self._table = self._read_manifest(_COLUMNS)
@@ -52,6 +65,8 @@ class DatasetIndex(DatasetFolder):
         self._shards: list[str] = shards.dictionary.to_pylist()
         self._offsets = self._table["offset"].to_numpy()
         self._num_bytes = self._table["bytes"].to_numpy()
+        if check_rows:
+            self._check_rows()
 
     def _check_places(self) -> None:
         """Before a file is opened by a name, or read at a place, that somebody else has written."""
@@ -67,6 +82,56 @@ class DatasetIndex(DatasetFolder):
         if len(impossible):
             i = int(impossible[0])
             raise self._not_as_written(f"sample {self.key(i)} cannot be {sizes[i]} bytes at {offsets[i]}")
+
+    def _check_rows(self) -> None:
+        """What training would take on without a word. By whole columns, which a million rows take no time in."""
+        info = self.info
+        if not math.isclose(info.control_hz, info.fps * info.actions_per_frame):
+            raise UserError(
+                f"{self.address}/{DATASET_YAML}: control_hz={info.control_hz:g} is not fps={info.fps:g} times "
+                f"actions_per_frame={info.actions_per_frame}; restore the file or build the dataset again."
+            )
+        bucket = bucket_name(next(iter(self.views.values())), self.num_frames)
+        self._check_names("split", SPLITS)
+        self._check_names("bucket", (bucket,))
+        self._check_folders(bucket)
+        self._check_robots()
+        self._check_keys()
+
+    def _check_names(self, column: str, known: Sequence[str]) -> None:
+        names, numbers = self.column(column)
+        for number, rows in enumerate(np.bincount(numbers)):
+            if rows and names[number] not in known:
+                raise self._not_as_written(
+                    f"{rows} of its rows have the {column} {show(names[number])}, but "
+                    f"there can be {' and '.join(known)}"
+                )
+
+    def _check_keys(self) -> None:
+        keys = self._table["key"]
+        in_order = keys.take(pc.sort_indices(keys))  # they nearly are, as `build` writes them
+        is_twice = pc.equal(in_order.slice(1), in_order.slice(0, max(len(keys) - 1, 0)))
+        if pc.any(is_twice).as_py():
+            key = in_order[pc.index(is_twice, True).as_py()]
+            rows = pc.sum(pc.equal(keys, key)).as_py()
+            raise self._not_as_written(f"{rows} of its rows have the key {key}")
+
+    def _check_folders(self, bucket: str) -> None:
+        splits, split_of = self.column("split")
+        numbers = {f"{SHARDS}/{split}/{bucket}": number for number, split in enumerate(splits)}
+        folder_of = np.array([numbers.get((shard or "").rpartition("/")[0], -1) for shard in self._shards])
+        for i in np.flatnonzero(folder_of[self._shard_of] != split_of)[:1]:
+            where = self._shards[self._shard_of[i]]
+            raise self._not_as_written(f"sample {self.key(i)} of split {splits[split_of[i]]} lies in {where}")
+
+    def _check_robots(self) -> None:
+        robots, robot_of = self.column("embodiment")
+        is_known, has_actions = np.array([robot in self.embodiments for robot in robots]), self._table["has_actions"]
+        for i in np.flatnonzero(is_known[robot_of] != has_actions.to_numpy())[:1]:
+            raise self._not_as_written(
+                f"sample {self.key(i)} has has_actions={has_actions[int(i)]} and the embodiment "
+                f"{show(robots[robot_of[i]])}, but {DATASET_YAML} describes {', '.join(self.embodiments) or 'none'}"
+            )
 
     def _not_as_written(self, problem: str) -> UserError:
         return UserError(f"{self.address}/{MANIFEST}: {problem}; restore the file or build the dataset again.")

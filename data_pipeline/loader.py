@@ -7,9 +7,12 @@ rank's part of the batch, so that nobody else notices.
 """
 
 import logging
+import os
+import resource
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch.utils.data import DataLoader
@@ -27,13 +30,21 @@ MIN_READ_TO_STOP = 1000
 """Samples read before the share of bad ones says anything about those still to come."""
 
 
+FILES_PER_WORKER, FILES_PER_BATCH, SPARE_FILES = 8, 4, 64
+"""Open files that reading takes, with some to spare: of a reading process, of a batch that it has read, of all else."""
+
+
 class LoaderConfig(PlanConfig):
     """How datasets are read in training."""
 
-    num_workers: int = Field(0, ge=0, description="Reading processes per rank; 0: read in the training process.")
-    prefetch_factor: PositiveInt = Field(2, description="Batches that each worker reads ahead.")
+    num_workers: int = Field(
+        0, ge=0, le=1024, description="Reading processes per rank; 0: read in the training process."
+    )
+    prefetch_factor: PositiveInt = Field(2, le=1024, description="Batches that each worker reads ahead.")
     announced_batches: NonNegativeInt = Field(
-        4, description="Batches before they are read that a local disk is told of them, so that it fetches all at once."
+        4,
+        le=1024,
+        description="Batches before they are read that a local disk is told of them, so that it fetches all at once.",
     )
     max_bad_fraction: float = Field(
         0.0,
@@ -89,7 +100,7 @@ class Loader:
             num_workers=workers,
             prefetch_factor=self.config.prefetch_factor if workers else None,
         )
-        for part in batches:
+        for part in _started(batches, self.config):
             if isinstance(part, UserError):
                 raise part
             self.num_read += len(part.keys)
@@ -99,18 +110,45 @@ class Loader:
             yield part.hand_over()
 
     def _count(self, bad: list[BadSample]) -> None:
-        for reason, sentence in bad:
-            self.bad_samples[reason] += 1
+        """Each is told once: the one that stops the run by the error."""
+        self.bad_samples.update(reason for reason, _ in bad)
+        num_bad, allowed = self.bad_samples.total(), self.config.max_bad_fraction
+        is_stopping = bool(bad) and num_bad > allowed * max(self.num_read, MIN_READ_TO_STOP)
+        for _, sentence in bad[:-1] if is_stopping else bad:
             logger.warning("%s", sentence)
-        allowed = self.config.max_bad_fraction
-        num_bad = self.bad_samples.total()
-        if bad and num_bad > allowed * max(self.num_read, MIN_READ_TO_STOP):
-            raise UserError(
+        if is_stopping:
+            share = (
                 f"{num_bad} of the {self.num_read} samples read cannot be used, more than "
-                f"loader.max_bad_fraction={allowed:g} allows. {bad[-1][1]}"
-                if allowed
-                else bad[0][1]
+                f"loader.max_bad_fraction={allowed:g} allows. "
             )
+            raise UserError(f"{share if allowed else ''}{bad[-1][1]}")
+
+
+def _started(batches: DataLoader[Any], config: LoaderConfig) -> Iterator[Any]:
+    """The iterator over batches, whose reading processes have begun."""
+    if config.num_workers:
+        _allow_open_files(config)
+    try:
+        return iter(batches)
+    except OSError as error:
+        raise UserError(
+            f"loader.num_workers={config.num_workers}: so many reading processes cannot be started "
+            f"({error.strerror}); set it lower, or raise the limit of processes (`ulimit -u`)."
+        ) from error
+
+
+def _allow_open_files(config: LoaderConfig) -> None:
+    """A reading process hands over memory as open files. Where those run out, PyTorch breaks, or waits for ever."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    own = len(os.listdir("/dev/fd")) + SPARE_FILES
+    needed = own + config.num_workers * (FILES_PER_WORKER + FILES_PER_BATCH * config.prefetch_factor)
+    if resource.RLIM_INFINITY not in (hard, soft) and needed > hard:
+        raise UserError(
+            f"loader.num_workers={config.num_workers} and loader.prefetch_factor={config.prefetch_factor} may take "
+            f"{needed} open files, but the limit is {hard}; raise it (`ulimit -n`), or lower the two."
+        )
+    if soft != resource.RLIM_INFINITY and needed > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _as_it_is(part: Part | UserError) -> Part | UserError:

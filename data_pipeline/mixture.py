@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field, NonNegativeInt, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
 from configs.loader import StrictConfig, UserError
 from configs.problems import suggest
@@ -13,8 +13,16 @@ from configs.problems import suggest
 from .datasets import Datasets
 from .sample_order import Weight, weight_at
 
-Share = Annotated[float, Field(ge=0, le=1e9)]  # bounded, so that their sum is a number
-WeightSetting = Share | Annotated[dict[NonNegativeInt, Share], Field(min_length=1)]
+
+def _is_counted(share: float) -> float:
+    if 0 < share < 1e-9:
+        raise ValueError("should be 0 or at least 1e-9")
+    return share
+
+
+Share = Annotated[float, Field(ge=0, le=1e9), AfterValidator(_is_counted)]  # bounded: shares of sums are numbers
+Step = Annotated[int, Field(ge=0, le=10**12)]
+WeightSetting = Share | Annotated[dict[Step, Share], Field(min_length=1)]
 
 
 class MixtureConfig(StrictConfig):
@@ -40,7 +48,7 @@ class MixtureConfig(StrictConfig):
     def _something_is_drawn(cls, weights: dict[str, WeightSetting]) -> dict[str, WeightSetting]:
         step = step_without_samples(weights)
         if step is not None:
-            raise ValueError(f"at step {step} every weight is zero")
+            raise ValueError(f"are all zero at step {step}; give at least one a positive weight")
         return weights
 
     def patterns(self, name: str) -> tuple[str, ...]:

@@ -29,7 +29,9 @@ class InputConfig(StrictConfig):
         None, ge=1 + TEMPORAL_STRIDE, description="Frames that are shown of a clip: 5, 9, 13, …; null: all of them."
     )
     normalization: NormalizationMode = Field("quantile", description="Of actions and proprio, per embodiment.")
-    text_length: PositiveInt = Field(32, description="Text tokens per sample: padded with zeros or cut to so many.")
+    text_length: PositiveInt = Field(
+        32, le=2**16, description="Text tokens per sample: padded with zeros or cut to so many."
+    )
 
     @field_validator("views")
     @classmethod

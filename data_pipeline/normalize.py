@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import numpy as np
 from jaxtyping import Float
-from pydantic import NonNegativeInt, model_validator
+from pydantic import PositiveInt, model_validator
 
 from configs.loader import StrictConfig
 
@@ -31,7 +31,7 @@ _CONSTANT = 1e-5
 class VectorStats(StrictConfig):
     """What `StreamingStats` measures: one number per dimension each."""
 
-    count: NonNegativeInt
+    count: PositiveInt
     mean: tuple[float, ...]
     std: tuple[float, ...]
     min: tuple[float, ...]

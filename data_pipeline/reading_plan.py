@@ -44,7 +44,9 @@ class ReadingPlanConfig(StrictConfig):
     loader: LoaderConfig
     num_ranks: PositiveInt = Field(1, description="Ranks that share a global batch; with sequence_parallel, groups.")
     num_batches: PositiveInt | None = Field(
-        None, description=f"Batches to draw; null: until every source was gone through, at most {MAX_BATCHES}."
+        None,
+        le=1_000_000,
+        description=f"Batches to draw; null: until every source was gone through, at most {MAX_BATCHES}.",
     )
     as_json: bool = Field(False, alias="json", description="Write JSON instead of tables.")
 

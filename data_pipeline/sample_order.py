@@ -32,6 +32,7 @@ class ShuffleConfig(StrictConfig):
     )
     run_length: PositiveInt = Field(
         1,
+        le=2**20,
         description="Neighbours in a shard that stay together, for one long read instead of several; `build` has "
         "shuffled them already.",
     )

@@ -8,15 +8,15 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 from pydantic import Field, PositiveInt, field_validator
 
 from configs.loader import UserError
 
-from .clips import ClipConfig
+from .clips import ClipConfig, augmentation_of
 from .dataset import Split
-from .dataset_index import DatasetIndex
 from .datasets import Datasets
 from .mixture import MixtureConfig, check_names, group_samples, named_samples, step_without_samples
 from .sample_order import Cursor, SampleOrder, ShuffleConfig, Stream, Weight
@@ -25,6 +25,9 @@ from .storage import Address, StorageConfig
 logger = logging.getLogger(__name__)
 
 DATASET_NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+MAX_BATCH = 2**20
+"""Samples of a global batch: more are a slip of the keyboard."""
 
 
 class PlanConfig(ClipConfig):
@@ -36,7 +39,7 @@ class PlanConfig(ClipConfig):
     )
     storage: StorageConfig = StorageConfig()
     split: Split = "train"
-    global_batch_size: PositiveInt = Field(64, description="Samples per step over all ranks.")
+    global_batch_size: PositiveInt = Field(64, le=MAX_BATCH, description="Samples per step over all ranks.")
     latent_cells_per_batch: PositiveInt | None = Field(
         None,
         description="Instead of global_batch_size, where clips have several sizes: frames x rows x columns of latents "
@@ -44,10 +47,11 @@ class PlanConfig(ClipConfig):
     )
     batch_multiple: PositiveInt = Field(
         8,
+        le=MAX_BATCH,
         description="With latent_cells_per_batch: samples are rounded down to a multiple of this, so that ranks x "
         "grad_accum_steps divides them; choose it for every number of ranks that the run may go on with.",
     )
-    seed: int = Field(0, ge=0, description="Of the sample order.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Of the sample order.")
     shuffle: ShuffleConfig = ShuffleConfig()
     mixture: MixtureConfig | None = Field(None, description="null: every sample as often as every other.")
     only_with_actions: bool = Field(False, description="Leave out action-free clips.")
@@ -90,11 +94,12 @@ def plan_samples(datasets: Datasets, config: PlanConfig, *, may_lack: bool = Fal
     if step_without_samples(weights) is not None:
         return None
     inputs, starts = datasets.inputs(config.inputs).by_name, datasets.starts()
+    for one in inputs.values():
+        augmentation_of(one, config)
     streams, positions = [], []
     for group, members in groups.items():
         for name, indices in members.items():
             dataset, bucket = datasets.by_name[name], inputs[name].bucket
-            _check_one_size(dataset)
             placed = dataset.by_place(indices)
             stream_name = "/".join(filter(None, (group, name, bucket)))
             streams.append(Stream(stream_name, group, bucket, dataset.shard_sizes(placed)))
@@ -124,13 +129,6 @@ def _groups(
     return groups, {group: mixture.weights[group] for group in groups}
 
 
-def _check_one_size(dataset: DatasetIndex) -> None:
-    names, numbers = dataset.column("bucket")
-    sizes = [str(names[i]) for i in np.flatnonzero(np.bincount(numbers))]
-    if len(sizes) > 1:
-        raise UserError(f"{dataset}: holds several sizes of clips ({', '.join(sizes)}); build one dataset for each.")
-
-
 def batch_sizes(config: PlanConfig, cells: Mapping[str, int]) -> dict[str, int]:
     """Samples of a global batch of each size of clip, which has so many latent cells."""
     budget, multiple = config.latent_cells_per_batch, config.batch_multiple
@@ -143,11 +141,21 @@ def batch_sizes(config: PlanConfig, cells: Mapping[str, int]) -> dict[str, int]:
             f"{cells[largest]} latent cells each; set it to at least {multiple * cells[largest]}, or lower "
             "loader.batch_multiple."
         )
-    return {bucket: budget // (multiple * size) * multiple for bucket, size in cells.items()}
+    sizes = {bucket: budget // (multiple * size) * multiple for bucket, size in cells.items()}
+    most = max(sizes, key=lambda bucket: sizes[bucket])
+    if sizes[most] > MAX_BATCH:
+        raise UserError(
+            f"loader.latent_cells_per_batch={budget} makes batches of {sizes[most]} clips of {most}, but "
+            f"{MAX_BATCH} is the most; set it to at most {MAX_BATCH * cells[most]}."
+        )
+    return sizes
 
 
 def _identity(datasets: Datasets, config: PlanConfig, batch_sizes: Mapping[str, int]) -> dict[str, str]:
     digests = {f"dataset.{name}".rstrip("."): dataset.digest for name, dataset in datasets.by_name.items()}
+    for (one, digest), (other, same) in combinations(digests.items(), 2):
+        if digest == same:
+            raise UserError(f"loader: {one} and {other} hold the same samples; name them once, with a larger weight.")
     mixture = config.mixture and config.mixture.model_dump_json(exclude_defaults=True)
     return digests | {
         "split": config.split,

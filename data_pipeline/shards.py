@@ -8,6 +8,7 @@ last one (the layout that Megatron Energon writes).
 
 import hashlib
 import os
+import resource
 import struct
 import tarfile
 import zlib
@@ -99,7 +100,7 @@ def _parse_header(header: Bytes) -> tuple[str, str, int]:
         size = int(octal_size[:11], 8)
     except ValueError:
         is_whole = False
-    if not is_whole:
+    if not is_whole or size < 0:
         raise ShardError("has a damaged member header")
     return key, suffix, size
 
@@ -246,9 +247,11 @@ class ShardReader:
     `preadv` takes its position as an argument, so the open files may be shared by threads and by forked workers.
     """
 
-    def __init__(self, root: Path, max_open: int = 128) -> None:
+    def __init__(self, root: Path, max_open: int | None = None) -> None:
+        """`max_open`: by default 128, but no more than a quarter of what the process may have."""
         self.root = root
-        self.max_open = max_open
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self.max_open = max_open or (128 if limit == resource.RLIM_INFINITY else min(128, max(1, limit // 4)))
         self._files: OrderedDict[str, int] = OrderedDict()
 
     def read(self, shard: str, offset: int, num_bytes: int) -> bytearray:
@@ -277,7 +280,7 @@ class ShardReader:
             self._files.move_to_end(shard)
             return self._files[shard]
         try:
-            file = os.open(self.root / shard, os.O_RDONLY)
+            file = os.open(self.root / shard, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for its writer
         except OSError as error:
             reason = "missing_shard" if isinstance(error, FileNotFoundError) else "unreadable_shard"
             raise ShardError(f"cannot be opened ({error.strerror})", reason) from error
@@ -289,6 +292,9 @@ class ShardReader:
     def close(self) -> None:
         while self._files:
             os.close(self._files.popitem()[1])
+
+    def __del__(self) -> None:
+        self.close()
 
     def __getstate__(self) -> dict[str, Any]:
         """A spawned process opens its own files."""

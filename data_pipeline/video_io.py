@@ -28,7 +28,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange
 from av.video.stream import VideoStream
 from PIL import Image
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, field_validator
 
 from configs.loader import StrictConfig
 
@@ -48,6 +48,9 @@ from .video_index import (
 from .video_pixels import Picture, PlanesConverter, PlanesFrame, RgbConverter, Window, rgb_to_planes
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".ts", ".m4v")
+
+MAX_SIDE = 2**14
+"""Pixels of a picture that decoders and encoders take, and that fits into memory."""
 
 _MAX_SKIPPED_FRAMES = 8  # decoding up to this many unwanted frames is cheaper than a seek
 _MAX_OPEN_FILES = 4  # an episode's views; a decoder of 1080p holds up to 60 MB of reference frames
@@ -388,8 +391,8 @@ def encode_planes(
 class ViewConfig(StrictConfig):
     """How a camera's picture becomes a view of the dataset (and, by the same function, what the policy sees)."""
 
-    height: PositiveInt = Field(description="height of the view in pixels")
-    width: PositiveInt = Field(description="width of the view in pixels")
+    height: int = Field(gt=0, le=MAX_SIDE, description="height of the view in pixels")
+    width: int = Field(gt=0, le=MAX_SIDE, description="width of the view in pixels")
     crop: tuple[int, int, int, int] | None = Field(
         default=None, description="(top, left, height, width) cut out of the upright picture first; none: all of it"
     )

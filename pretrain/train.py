@@ -72,7 +72,7 @@ class TrainConfig(StrictConfig):
     """What every training run has; pretraining and fine-tuning add their models."""
 
     run_dir: Path = Field(description="folder of this run; a run that is already there is resumed")
-    seed: int = Field(0, ge=0, description="of the weights' start and of every step's noise")
+    seed: int = Field(0, ge=0, lt=2**63, description="of the weights' start and of every step's noise")
     num_steps: int = Field(gt=0, description="optimizer updates")
     loader: LoaderConfig
     engine: EngineConfig = EngineConfig()

@@ -73,8 +73,14 @@ def changed(folders, tmp_path):
             {"text_encoder__name": "t5"},
             r"the text encoder is \w+ \w{12} in \S+lab, but t5 \w{12} in \S+barn; build both ",
         ),
-        ({"fps": 5.0}, r"fps is 10\.0 in \S+lab, but 5\.0 in \S+barn; build \S+barn again with fps=10"),
-        ({"actions_per_frame": 4}, r"actions_per_frame is 2 in \S+lab, but 4 in \S+barn; build \S+ again with act"),
+        (
+            {"fps": 5.0, "control_hz": 10.0},
+            r"fps is 10\.0 in \S+lab, but 5\.0 in \S+barn; build \S+barn again with fps=10",
+        ),
+        (
+            {"actions_per_frame": 4, "control_hz": 40.0},
+            r"actions_per_frame is 2 in \S+lab, but 4 in \S+barn; build \S+ again with act",
+        ),
         (
             {"embodiments__arm__action_names": ["y", "x", "gripper"]},
             r"both \S+lab and \S+barn have the robot arm, but its action_names is \[x, y, gripper\] in the one and "
