@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -38,6 +38,7 @@ AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
+TaskProlog={folder}/task_prolog
 MpiDefault=none
 MailProg=/bin/true
 PropagateResourceLimits=NONE
@@ -56,6 +57,11 @@ SlurmctldParameters=preempt_send_user_signal
 {nodes}
 PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
+"""
+
+# What it prints is added to a task's environment.
+TASK_PROLOG = """#!/bin/sh
+[ ! -e {folder}/sick_"$SLURMD_NODENAME" ] || echo export PYTHONHOME=/nowhere
 """
 
 
@@ -157,6 +163,16 @@ class Cluster:
         self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
         self._wait_for_nodes()
 
+    @contextlib.contextmanager
+    def sick_node(self, node: str) -> Iterator[None]:
+        """While entered, it takes jobs but no Python starts there, as where a disk with the packages is gone."""
+        marker = self.folder / f"sick_{node}"
+        marker.touch()
+        try:
+            yield
+        finally:
+            marker.unlink()
+
     def processes(self, node: str | None = None) -> list[int]:
         """Ids of what runs in jobs here (on a node), and of the slurmstepd that looks after each."""
         marks = [f"SLURM_CONF={self.config}", f"SLURMD_NODENAME={node or ''}"]
@@ -182,6 +198,9 @@ class Cluster:
         self.config.write_text(
             CONFIG.format(host=host, controller_port=controller_port, folder=self.folder, nodes=nodes)
         )
+        prolog = self.folder / "task_prolog"
+        prolog.write_text(TASK_PROLOG.format(folder=self.folder))
+        prolog.chmod(0o755)
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
