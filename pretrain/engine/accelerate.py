@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..draws import SampleDraws
+from ..models.execution import blocks_of
 from ..world_models.base import LossTerms
 from .base import Engine, EngineConfig, StepReport
 from .optimizer import OptimizerConfig, build_optimizer, set_learning_rate
@@ -19,7 +21,9 @@ class AccelerateEngine(Engine):
         super().__init__(config, module)
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
+        self.config = config
         self.is_sharded = config.sharding == "fsdp2"
+        self._blocks: list[Any] = []
         self.max_grad_norm = optimizer_config.max_grad_norm or float("inf")  # inf: measured, never scaled
         self._accelerator = Accelerator(
             cpu=self.device.type == "cpu",
@@ -28,7 +32,8 @@ class AccelerateEngine(Engine):
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
         if self.is_sharded:
-            _shard(self._loss_module, self.device, self.world_size)
+            self._blocks = _shard(self._loss_module, self.device, self.world_size)
+            self._reshard_blocks_after_forward(config.reshard_after_forward)
             self._model: Any = self._loss_module
         else:
             self._model = self._accelerator.prepare_model(self._loss_module)
@@ -62,6 +67,19 @@ class AccelerateEngine(Engine):
         self._optimizer.zero_grad(set_to_none=True)
         return StepReport(grad_norm if is_finite else math.inf, is_applied, learning_rate)
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        self._reshard_blocks_after_forward(True)  # no backward pass comes to drop what is gathered
+        try:
+            with super().evaluating():
+                yield
+        finally:
+            self._reshard_blocks_after_forward(self.config.reshard_after_forward)
+
+    def _reshard_blocks_after_forward(self, flag: bool) -> None:
+        for block in self._blocks:
+            block.set_reshard_after_forward(flag, recurse=False)
+
     # Weights and optimizer states ---------------------------------------------------------------------------------
 
     @property
@@ -94,23 +112,17 @@ class AccelerateEngine(Engine):
         self._accelerator.free_memory()
 
 
-def _shard(module: nn.Module, device: torch.device, world_size: int) -> None:
-    """FSDP2: each block of an outer `ModuleList` is gathered, used and dropped on its own, the rest as one unit.
+def _shard(module: nn.Module, device: torch.device, world_size: int) -> list[Any]:
+    """FSDP2: each block of an outer `ModuleList`, which are returned, is gathered and dropped on its own, the rest as
+    one unit.
 
     torch's `fully_shard` is called directly because accelerate's own wrapping of it exists on GPUs only.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (world_size,))
-    for block in _blocks(module):
-        fully_shard(block, mesh=mesh)
-        for name in getattr(block, "entry_points", ()):
-            register_fsdp_forward_method(block, name)
+    blocks = [fully_shard(block, mesh=mesh) for block in blocks_of(module)]
     # A root stays gathered after its forward by default: weights read or written then would not be the real ones.
     fully_shard(module, mesh=mesh, reshard_after_forward=True)
-
-
-def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    for child in module.children():
-        yield from child if isinstance(child, nn.ModuleList) else _blocks(child)
+    return blocks

@@ -51,6 +51,9 @@ class EngineConfig(StrictConfig):
         1, ge=1, description="consecutive ranks that share each sequence (Ulysses); divides the attention heads"
     )
     sharding: Literal["ddp", "fsdp2"] = Field("ddp", description="accelerate: replicate the weights or shard them")
+    reshard_after_forward: bool = Field(
+        True, description="fsdp2: drop a block's weights until its backward pass gathers them again; false: keep them"
+    )
     attention: AttentionBackend | Literal["auto"] = Field(
         "auto", description="kernel; auto: cudnn or flash on a GPU, on a CPU what is faster; the run keeps to it"
     )

@@ -5,7 +5,7 @@ An engine sets it on a whole model (`set_execution`); a model by itself runs in 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Literal, TypeVar
@@ -53,6 +53,12 @@ def set_execution(model: nn.Module, execution: Execution) -> None:
     for module in model.modules():
         if isinstance(module, Executed):
             module.execution = execution
+
+
+def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
+    """The blocks of its stacks: what the outer `ModuleList`s hold."""
+    for child in model.children():
+        yield from child if isinstance(child, nn.ModuleList) else blocks_of(child)
 
 
 @cache

@@ -8,7 +8,7 @@ included (diffusers' `WanTransformerBlock`), so its weights load strictly.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
@@ -75,8 +75,6 @@ class FeedForward(nn.Module):
 class ExpertBlock(Executed):
     """One layer of one expert, in the two halves that lie before and after the shared attention."""
 
-    entry_points = ("modulations", "attention_inputs", "after_attention")  # it has no forward for FSDP2 to hook into
-
     def __init__(
         self, width: int, ffn_dim: int, heads: int, head_dim: int, eps: float = 1e-6, cross_attn_norm: bool = True
     ) -> None:
@@ -88,6 +86,10 @@ class ExpertBlock(Executed):
         self.ffn = FeedForward(width, ffn_dim)
         self.norm3 = FP32LayerNorm(width, eps, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, width) / width**0.5)
+
+    def forward(self, *tokens: Float[Tensor, "b n d"], layer: Callable[..., Any]) -> Any:
+        """Calls a whole layer that this block is part of. Engines that shard weights gather the block's around it."""
+        return layer(*tokens)
 
     def modulations(self, rows: Float[Tensor, "b m 6 d"]) -> tuple[Modulation, ...]:
         """(shift, scale, gate) of the attention, then of the feed-forward; in float32, as Wan keeps them."""
@@ -239,7 +241,10 @@ def run_experts(
     for layer in range(len(experts[groups[0].expert])):
         blocks = [cast(ExpertBlock, experts[stream.expert][layer]) for stream in streams]
         run = partial(_layer, blocks, streams, text, plan, exchange, past.layers[layer] if past.layers else None)
-        tokens, key, value = blocks[0].execution.run_layer(run, *tokens)
+        run = partial(blocks[0].execution.run_layer, run)
+        for block in dict.fromkeys(blocks):
+            run = partial(block, layer=run)
+        tokens, key, value = run(*tokens)
         if keep:
             present.layers.append((key, value))
     return _unmerged(tokens, groups), present

@@ -43,7 +43,7 @@ ENGINES: dict[str, dict[str, Any]] = {
         "offload_weights": "cpu",
     },
     "ddp": {"kind": "accelerate", "sharding": "ddp"},
-    "fsdp2": {"kind": "accelerate", "sharding": "fsdp2"},
+    "fsdp2": {"kind": "accelerate", "sharding": "fsdp2", "reshard_after_forward": False},
     "zero1_bf16": {"kind": "deepspeed", "zero_stage": 1, "precision": "bf16"},
 }
 
@@ -157,6 +157,7 @@ if __name__ == "__main__":
     world_size = int(os.environ["WORLD_SIZE"])
     # First, because ZeRO-3 replaces torch's linear layer for good, and selective checkpointing needs torch's own.
     sequence = sequence_ranks.distances(world_size) if options.sequence else {}
+    gathers = [sequence_ranks.num_gathers(reshard) for reshard in (True, False)] if options.sequence else []
     seen = {name: train(name, options.folder / f"{name}_on_{world_size}") for name in options.train}
     saved = sorted(path.name for ranks in options.saved_on for path in options.folder.glob(f"*_on_{ranks}"))
     resumed = {
@@ -167,4 +168,5 @@ if __name__ == "__main__":
     }
     failed = fail_on_the_last_rank(options.folder / f"failing_{world_size}") if options.train else {}
     if torch.distributed.get_rank() == 0:
-        print(json.dumps({"trained": seen, "resumed": resumed, "sequence": sequence, "failed": failed}))  # noqa: T201
+        found = {"trained": seen, "resumed": resumed, "sequence": sequence, "failed": failed, "gathers": gathers}
+        print(json.dumps(found))  # noqa: T201

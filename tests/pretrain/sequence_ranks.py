@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune.paradigms.joint_video_action import JointVideoAction, JointVideoActionConfig
 from pretrain.draws import SampleDraws
@@ -120,6 +121,31 @@ def train(kind: str, engine_settings: dict[str, Any]) -> Seen:
     return rows, weights
 
 
+class Gathers(TorchDispatchMode):
+    num = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num += function is torch.ops.c10d._allgather_base_.default
+        return function(*args, **(kwargs or {}))
+
+
+def num_gathers(reshard_after_forward: bool) -> int:
+    """How often FSDP2 gathers weights in a step, of two blocks and of what is in none."""
+    settings = {
+        "device": "cpu",
+        "precision": "fp32",
+        **ENGINES["fsdp2"],
+        "reshard_after_forward": reshard_after_forward,
+    }
+    engine = create_engine(EngineConfig.model_validate(settings), build("video"), OPTIMIZER)
+    share = BATCH // engine.data_world_size
+    batch = {name: rows[engine.data_rank * share :][:share] for name, rows in global_batch(1).items()}
+    with Gathers() as gathers:
+        forward_backward(engine, batch, sample_draws(engine, 0, 1, batch))
+    engine.close()
+    return gathers.num
+
+
 def distance(seen: Seen, expected: Seen) -> dict[str, float]:
     rows = (torch.tensor(seen[0]) - torch.tensor(expected[0])).abs()
     worst = max((value - expected[1][name]).abs().max().item() for name, value in seen[1].items())
@@ -141,5 +167,6 @@ def distances(world_size: int) -> dict[str, dict[str, float]]:
         for (name, settings), size in product(ENGINES.items(), splits)
     }
     cases["joint"] = ("joint", {**ENGINES["ddp"], "sequence_parallel": splits[-1]})
+    cases["joint_fsdp2"] = ("joint", {**ENGINES["fsdp2"], "reshard_after_forward": False})
     cases["bf16"] = ("video", {**ENGINES["zero1"], "sequence_parallel": splits[-1], "precision": "bf16"})
     return {name: distance(train(kind, settings), expected[kind]) for name, (kind, settings) in cases.items()}

@@ -145,12 +145,18 @@ def test_sequences_split_over_ranks_give_the_step_of_one_process(world_size: int
     seen = dict(request.getfixturevalue({2: "on_two", 4: "on_four"}[world_size])["sequence"])
     splits = [size for size in (1, 2, 4) if size <= world_size]
     engines = ("zero1", "zero2", "zero3", "ddp", "fsdp2")
-    others = {"joint", "full", "selective", "bf16"}
+    others = {"joint", "joint_fsdp2", "full", "selective", "bf16"}
     assert seen.keys() == {f"{name}/{size}" for name in engines for size in splits} | others
     bf16 = seen.pop("bf16")
     assert 1e-4 < bf16["loss"] < 0.1 and bf16["weights"] < 0.01  # autocast was on, and changed little
     wrong = {name: worst for name, worst in seen.items() if max(worst.values()) > 1e-5}
     assert not wrong  # gradient norms are about 5, losses about 2, and a step moves weights by about 0.01
+
+
+@pytest.mark.slow
+def test_fsdp2_gathers_a_block_for_each_pass_or_once(on_two: dict[str, Any]) -> None:
+    """Of three units (two blocks, and what is in none) the last is gathered for both passes in any case."""
+    assert on_two["gathers"] == [3 + 3, 3 + 1]
 
 
 @pytest.mark.slow
