@@ -107,5 +107,10 @@ def seed_layers(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(_words(len(_STREAMS), seed, step, rank)[0]))
 
 
+def seed_weights(seed: int, unit: int) -> None:
+    """Seeds the default generators, for the weights that the unit-th part of a model starts with."""
+    torch.manual_seed(int(_words(len(_STREAMS) + 2, seed, unit)[0]))
+
+
 def _words(*numbers: int) -> np.ndarray:
     return np.random.SeedSequence(list(numbers)).generate_state(1, np.uint64)

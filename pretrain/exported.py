@@ -16,7 +16,7 @@ from data_pipeline.dataset import DatasetFolder
 from data_pipeline.model_inputs import InputConfig, ModelInputs
 
 from .wan_folder import STEM as WAN_STEM
-from .weights import WeightFiles, load_strictly
+from .weights import WeightFiles, load_into, misfit
 from .world_models.observation_space import ObservationSpaceConfig, ObservationSpaceWorldModel
 
 MODEL_YAML, WEIGHTS, ADDED_WEIGHTS = "model.yaml", "model.safetensors", "added.safetensors"
@@ -46,12 +46,19 @@ def load_model_config(folder: Path, config_class: type[ConfigT]) -> ConfigT:
 
 def load_weights(module: nn.Module, folder: Path, described_by: str = MODEL_YAML) -> None:
     """Load strictly: a tensor that is missing, unknown or of another shape is an error that names it."""
-    problem = load_strictly(module, *weight_files(folder))
+    load_into(module, *fitting_weights(module, folder, described_by))
+
+
+def fitting_weights(module: nn.Module, folder: Path, described_by: str = MODEL_YAML) -> list[WeightFiles]:
+    """An export's weights, if they are those of such a module, which may be on the meta device."""
+    files = weight_files(folder)
+    problem = misfit(module, *files)
     if problem:
         raise UserError(
             f"{folder}: does not fit the model that {folder / described_by} describes: {problem}; restore "
             "the folder as it was written."
         )
+    return files
 
 
 def weight_files(folder: Path) -> list[WeightFiles]:

@@ -18,12 +18,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import torch
 from pydantic import Field
 from torch import nn
 
 from configs.loader import StrictConfig, UserError, dump_config, run_command
-from data_pipeline.dataset import CODEC, TEXT_ENCODER, DatasetDescription, DatasetFolder, Split
+from data_pipeline.dataset import CODEC, TEXT_ENCODER, Split
 from data_pipeline.datasets import Datasets
 from data_pipeline.loader import Loader, LoaderConfig, telling_of_lost_workers
 from data_pipeline.sample_order import Cursor
@@ -33,9 +32,8 @@ from .checkpoint import CHECKPOINTS, Checkpoints, find_checkpoints
 from .draws import seed_layers
 from .ema import ExponentialMovingAverage
 from .engine import Engine, EngineConfig, OptimizerConfig, create_engine, learning_rate
-from .evaluate import check_same_encoders
 from .events import EventLog
-from .exported import MODEL_YAML, WorldModelConfig, load_model_config, load_weights
+from .exported import MODEL_YAML, WorldModelConfig
 from .guards import Guard, GuardConfig, Trouble
 from .imagination import Imagination, ImagineConfig, MetricNetworks, ready_to_imagine
 from .metrics import MetricsLog, Progress, StepTimer
@@ -48,6 +46,7 @@ from .run import (
     resume_config,
     write_config,
 )
+from .starting_weights import starting_weights
 from .steps import (
     Batches,
     TrainState,
@@ -61,9 +60,9 @@ from .steps import (
 )
 from .trackers import TrackerName
 from .validation import validation_row
-from .wan_folder import load_wan
 from .watchdog import Watchdog
-from .world_models.observation_space import ObservationSpaceConfig, ObservationSpaceWorldModel, build_world_model
+from .weights import Weights
+from .world_models.observation_space import ObservationSpaceConfig, build_world_model
 
 logger = logging.getLogger(__name__)
 
@@ -133,11 +132,10 @@ def main(config: PretrainConfig) -> int:
     log_on_main_rank_only()
     config = resume_run(config)
     datasets = Datasets.open(config.loader.addresses, config.loader.storage)
-    torch.manual_seed(config.seed)  # every rank starts from the same weights
     inputs = datasets.inputs(config.loader.inputs)
     world_model = build_world_model(config.model, inputs)
-    if config.pretrained is not None and not find_checkpoints(config.run_dir / CHECKPOINTS):
-        start_from(world_model, config.pretrained, datasets)
+    is_new = not find_checkpoints(config.run_dir / CHECKPOINTS)
+    weights = starting_weights(world_model, config.seed, config.pretrained, datasets) if is_new else None
     model_yaml = dump_config(WorldModelConfig(world_model=world_model.config, inputs=inputs.config))
     with exclusive(config.run_dir), StopSignal() as stop:
         return train(
@@ -147,26 +145,8 @@ def main(config: PretrainConfig) -> int:
             dataset_batches(datasets, config.loader),
             stop,
             export_with=encoder_folders(datasets.first.path),
+            weights=weights,
         )
-
-
-def start_from(world_model: ObservationSpaceWorldModel, folder: Path, dataset: DatasetDescription) -> None:
-    """Pretrained weights instead of random ones: all of a world model's, or Wan's for its video expert.
-
-    What Wan has not (the action conditioner) keeps its start, which adds nothing: the model begins as Wan.
-    """
-    if (folder / MODEL_YAML).is_file():
-        check_same_encoders(dataset, DatasetFolder(folder))
-        load_model_config(folder, WorldModelConfig)  # refuses the export of a policy
-        load_weights(world_model, folder)
-    elif dataset.info.codec.name != "wan":
-        raise UserError(
-            f"pretrained={folder} is read as a Wan checkpoint, and those know the latents of Wan's VAE alone, but "
-            f"{dataset} was encoded with codec {dataset.info.codec.name}; build the dataset with codec.kind=wan."
-        )
-    else:
-        load_wan(world_model.video, folder)
-    logger.info("starting from the weights in %s", folder)
 
 
 def resume_run(config: TrainConfigT) -> TrainConfigT:
@@ -204,18 +184,17 @@ def train(
     open_batches: OpenBatches,
     stop: StopSignal,
     export_with: Sequence[Path] = (),
+    weights: Weights | None = None,
 ) -> int:
-    """The training loop. `texts` are small files for whoever loads the weights: they describe model and data."""
-    engine = create_engine(config.engine, model, config.optimizer)
+    """The training loop. `texts` are small files for whoever loads the weights: they describe model and data. `weights`
+    are what a model on the meta device starts with; without them it has to find a checkpoint."""
+    engine = create_engine(config.engine, model, config.optimizer, weights)
     ema = ExponentialMovingAverage(engine, config.ema_decay)
     checkpoints = Checkpoints(
         config.run_dir / CHECKPOINTS, engine, keep_last=config.keep_last, keep_every=config.keep_every
     )
     state = resume(checkpoints, ema, config.num_steps)
-    batches = open_batches("train", engine.data_rank, engine.data_world_size, Cursor.model_validate(state.cursor))
-    if batches is None:
-        raise UserError(f"{config.loader.dataset}: its train split holds nothing to train on.")
-    check_micro_batches(batches.batch_sizes, config.engine, engine.world_size)
+    batches = training_batches(config, engine, open_batches, state)
     networks = ready_to_imagine(config.imagine, model, config.engine, batches.batch_sizes, engine.device)
     if engine.is_main:
         write_settings(config, engine)
@@ -277,6 +256,15 @@ def train(
     logger.info("exported to %s", config.run_dir / "export")
     engine.close()
     return EXIT_DONE
+
+
+def training_batches(config: TrainConfig, engine: Engine, open_batches: OpenBatches, state: TrainState) -> Batches:
+    """This rank's, from where the run stands; a `UserError` where there are none, or none that can be cut equally."""
+    batches = open_batches("train", engine.data_rank, engine.data_world_size, Cursor.model_validate(state.cursor))
+    if batches is None:
+        raise UserError(f"{config.loader.dataset}: its train split holds nothing to train on.")
+    check_micro_batches(batches.batch_sizes, config.engine, engine.world_size)
+    return batches
 
 
 def validate(

@@ -18,7 +18,7 @@ from typing import Any
 from configs.loader import UserError
 
 from .models.video_dit import VideoDiT, VideoDiTConfig
-from .weights import WeightFiles, load_strictly
+from .weights import WeightFiles, misfit
 
 CONFIG_JSON, STEM, TRANSFORMER = "config.json", "diffusion_pytorch_model", "transformer"
 
@@ -57,8 +57,8 @@ IMAGE_ENCODER = re.compile(r"img_emb\.|image_embedder\.|k_img|add_k_proj")
 """Tensors of the CLIP image encoder that Wan 2.1's image-to-video models look through."""
 
 
-def load_wan(video: VideoDiT, folder: Path) -> None:
-    """Loads a Wan checkpoint into the video expert, tensor by tensor; a `UserError` tells what does not fit."""
+def wan_weights(video: VideoDiT, folder: Path) -> WeightFiles:
+    """A Wan checkpoint's tensors under the video expert's names; a `UserError` tells what does not fit it."""
     folder = _transformer_folder(folder)
     files = WeightFiles(folder, STEM)
     if any(IMAGE_ENCODER.search(name) for name in files.shapes):
@@ -69,9 +69,10 @@ def load_wan(video: VideoDiT, folder: Path) -> None:
     _check_sizes(folder, video.config)
     if any(".self_attn." in name for name in files.shapes):
         files = files.renamed(from_original)
-    problem = load_strictly(video, files)
+    problem = misfit(video, files)
     if problem:
         raise UserError(f"{folder}: does not fit model.video: {problem}; give the folder of that very model.")
+    return files
 
 
 def write_wan_config(folder: Path, config: VideoDiTConfig) -> None:

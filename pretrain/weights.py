@@ -9,9 +9,10 @@ import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
+from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -21,6 +22,28 @@ from configs.loader import UserError
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 Shape = tuple[int, ...]
+
+
+class Weights(Protocol):
+    """Tensors by name, of which anybody reads the elements that he needs."""
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]: ...
+
+    def part(self, name: str, start: int, num: int) -> Float[Tensor, "num"]:
+        """Elements of a flattened tensor."""
+        ...
+
+
+class FirstOf:
+    """Several sources as one: of those that have a name the first one counts."""
+
+    def __init__(self, *sources: Weights) -> None:
+        self._sources = {name: source for source in reversed(sources) for name in source.shapes}
+        self.shapes = {name: source.shapes[name] for name, source in self._sources.items()}
+
+    def part(self, name: str, start: int, num: int) -> Float[Tensor, "num"]:
+        return self._sources[name].part(name, start, num)
 
 
 class WeightFiles:
@@ -51,21 +74,31 @@ class WeightFiles:
         with _opened(path) as file:
             return file.get_tensor(stored_name)
 
+    def part(self, name: str, start: int, num: int) -> Float[Tensor, "num"]:
+        """Only the rows that it lies in are read."""
+        shape = self.shapes[name]
+        if not shape:
+            return self.read(name).view(1)[start : start + num]
+        row = torch.Size(shape[1:]).numel()
+        first, end = start // row, -(-(start + num) // row)
+        path, stored_name = self._stored[name]
+        with _opened(path) as file:
+            return file.get_slice(stored_name)[first:end].flatten()[start - first * row :][:num]
 
-def load_strictly(module: nn.Module, *sources: WeightFiles) -> str:
-    """Copies the sources' tensors into a module's own, whatever their number format, if they are the same ones.
 
-    Otherwise nothing is copied, and what differs is returned, as the middle of a sentence.
-    """
-    target = module.state_dict()
+def misfit(module: nn.Module, *sources: Weights) -> str:
+    """What keeps the sources' tensors from being a module's own, as the middle of a sentence; empty if nothing does."""
     found = {name: shape for source in sources for name, shape in source.shapes.items()}
-    problem = differences({name: tuple(value.shape) for name, value in target.items()}, found)
-    if not problem:
-        with torch.no_grad():
-            for source in sources:
-                for name in source.shapes:
-                    target[name].copy_(source.read(name))
-    return problem
+    return differences({name: tuple(value.shape) for name, value in module.state_dict().items()}, found)
+
+
+@torch.no_grad()
+def load_into(module: nn.Module, *sources: Weights) -> None:
+    """Copies tensors into a module's own, whatever their number format, one at a time."""
+    target = module.state_dict()
+    for source in sources:
+        for name in source.shapes:
+            target[name].copy_(source.part(name, 0, target[name].numel()).view_as(target[name]))
 
 
 def _files(folder: Path, stem: str) -> list[Path]:

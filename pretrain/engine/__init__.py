@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from ..weights import Weights
 from .accelerate import AccelerateEngine
 from .base import Engine, EngineConfig, StepReport
 from .deepspeed import DeepSpeedEngine
@@ -15,6 +16,14 @@ ENGINES: dict[str, type[AccelerateEngine] | type[DeepSpeedEngine]] = {
 }
 
 
-def create_engine(config: EngineConfig, module: nn.Module, optimizer: OptimizerConfig) -> Engine:
-    """Joins the ranks and makes `module` (which has a `loss(batch, generator)`) trainable on them."""
-    return ENGINES[config.kind](config, module, optimizer)
+def create_engine(
+    config: EngineConfig, module: nn.Module, optimizer: OptimizerConfig, weights: Weights | None = None
+) -> Engine:
+    """Joins the ranks and makes `module` (which has a `loss(batch, generator)`) trainable on them, with these weights.
+
+    One on the meta device needs some, if not from here then from a checkpoint.
+    """
+    engine = ENGINES[config.kind](config, module, optimizer)
+    if weights is not None:
+        engine.take(weights)
+    return engine

@@ -34,6 +34,9 @@ class AccelerateEngine(Engine):
         if self.is_sharded:
             self._blocks = _shard(self._loss_module, self.device, self.world_size)
             self._reshard_blocks_after_forward(config.reshard_after_forward)
+        if self.is_empty:
+            module.to_empty(device=self.device)
+        if self.is_sharded:
             self._model: Any = self._loss_module
         else:
             self._model = self._accelerator.prepare_model(self._loss_module)

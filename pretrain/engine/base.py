@@ -21,6 +21,7 @@ from configs.loader import StrictConfig
 from ..draws import SampleDraws
 from ..models.attention import AttentionBackend
 from ..models.execution import Checkpointing, Execution, set_execution
+from ..weights import Weights
 from ..world_models.base import LossTerms
 from .kernels import resolve_attention
 from .ranks import join_ranks, resolve_precision
@@ -116,7 +117,8 @@ class Engine(ABC):
     """A step is `grad_accum_steps` times forward_loss and backward, then `step`, called alike on every rank.
 
     `module` is the world model itself, unwrapped. Its parameters may lie in parts on several ranks: read and write them
-    through `shards` and `assign_shards`, and compute losses through `forward_loss`, in validation too.
+    through `shards` and `assign_shards`, and compute losses through `forward_loss`, in validation too. A module on the
+    meta device is never whole on a rank that needs a part of it: room is made for the part, which `take` fills.
     """
 
     _optimizer: torch.optim.Optimizer
@@ -127,19 +129,24 @@ class Engine(ABC):
         self.local_rank, self.device = self.ranks.local_rank, self.ranks.device
         self.precision = resolve_precision(config.precision, self.ranks)
         self.grad_accum_steps = config.grad_accum_steps
-        self.module = module.to(self.device)
-        self.sequence_parallel = config.sequence_parallel
-        self.activation_checkpointing = config.activation_checkpointing
-        self.attention = resolve_attention(config.attention, self.precision, self.ranks)
-        set_execution(module, Execution(self.attention, config.activation_checkpointing, config.compile))
-        split_sequence(module, self.ranks, self.sequence_parallel, config.timeout_s)
-        self._loss_module = LossModule(self.module)
         names: dict[int, str] = {}
         everywhere = list(module.named_parameters(remove_duplicate=False))
         first_names = {name: names.setdefault(id(parameter), name) for name, parameter in everywhere}
         self.shapes = {name: tuple(value.shape) for name, value in everywhere if first_names[name] == name}
         self.tied = {name: first for name, first in first_names.items() if name != first}
         self._buffer_names = module.state_dict().keys() - first_names.keys()
+        self.module = module
+        self.is_empty = any(parameter.is_meta for parameter in module.parameters())
+        if not self.is_empty:
+            module.to(self.device)
+        elif self.tied or self._buffer_names:
+            raise ValueError("a model on the meta device can have neither tied weights nor buffers")
+        self.sequence_parallel = config.sequence_parallel
+        self.activation_checkpointing = config.activation_checkpointing
+        self.attention = resolve_attention(config.attention, self.precision, self.ranks)
+        set_execution(module, Execution(self.attention, config.activation_checkpointing, config.compile))
+        split_sequence(module, self.ranks, self.sequence_parallel, config.timeout_s)
+        self._loss_module = LossModule(self.module)
         self._micro_step = 0  # backward passes since the last step
 
     # Ranks that share a sequence are one reader of data: they get the same samples and draw the same noise.
@@ -218,6 +225,14 @@ class Engine(ABC):
         shards = self.shards()
         for name, value in values.items():
             shards[name].values.copy_(value)
+        self._spread()
+
+    @torch.no_grad()
+    def take(self, weights: Weights) -> None:
+        """Gives all parameters these values, of which each rank reads its own part. Collective."""
+        for name, shard in self.shards().items():
+            if shard.num:
+                shard.values.copy_(weights.part(name, shard.start, shard.num))
         self._spread()
 
     def optimizer_steps(self) -> dict[str, float]:

@@ -36,6 +36,8 @@ class DeepSpeedEngine(Engine):
         self.zero_stage = config.zero_stage
         self.deepspeed_config = deepspeed_config(config, optimizer_config, self.precision)
         deepspeed = _import_deepspeed(self.ranks)
+        if self.is_empty:
+            self._make_room(deepspeed)
         self._deepspeed, *_ = deepspeed.initialize(
             model=self._loss_module,
             optimizer=build_optimizer(optimizer_config, self.module),
@@ -65,6 +67,14 @@ class DeepSpeedEngine(Engine):
         square = torch.stack(norms).double().square().sum()
         dist.all_reduce(square)
         return square.sqrt().float()
+
+    def _make_room(self, deepspeed: ModuleType) -> None:
+        """Memory for the weights of a model on the meta device; under ZeRO-3, which cuts each layer at once, a part."""
+        for part in reversed(list(self.module.modules())):  # the inner ones first, for Init takes a module with these
+            if any(True for _ in part.parameters(recurse=False)):
+                part.to_empty(device=self.device, recurse=False)
+                if self.zero_stage == 3:
+                    deepspeed.zero.Init(module=part, config_dict_or_path=self.deepspeed_config, dtype=torch.float32)
 
     def forward_loss(self, batch: Mapping[str, Any], draws: SampleDraws) -> LossTerms:
         return LossTerms(*self._deepspeed(self.to_device(batch), draws))

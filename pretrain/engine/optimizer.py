@@ -48,8 +48,8 @@ def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
 def build_optimizer(config: OptimizerConfig, module: nn.Module) -> torch.optim.AdamW:
     """Plain torch AdamW. DeepSpeed's own CPUAdam is compiled at first use, which races when several ranks start."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in trained if parameter.ndim >= 2]
-    vectors = [parameter for parameter in trained if parameter.ndim < 2]
+    matrices = [parameter for parameter in trained if _num_axes(parameter) >= 2]
+    vectors = [parameter for parameter in trained if _num_axes(parameter) < 2]
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
@@ -62,6 +62,11 @@ def build_optimizer(config: OptimizerConfig, module: nn.Module) -> torch.optim.A
         eps=config.eps,
         fused=True,
     )
+
+
+def _num_axes(parameter: nn.Parameter) -> int:
+    """Of a parameter that ZeRO-3 may have cut already: what is left of that has one axis."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

@@ -114,15 +114,19 @@ class VideoDiT(SplitsSequence):
         )
         self.norm_out = FP32LayerNorm(width, config.eps, elementwise_affine=False)
         self.proj_out = nn.Linear(width, config.out_channels * math.prod(config.patch_size))
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, width) / width**0.5)
+        self.scale_shift_table = nn.Parameter(torch.empty(1, 2, width))
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Wan's own initialisation: Xavier linears, small embeddings, and a last layer of zero."""
+        """Wan's own initialisation, of all weights: Xavier linears, small embeddings, and a last layer of zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+                module.reset_parameters()
+            elif isinstance(module, ExpertBlock | VideoDiT):
+                nn.init.normal_(module.scale_shift_table, std=self.config.width**-0.5)
         nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
         nn.init.zeros_(cast(Tensor, self.patch_embedding.bias))
         for embedder in (self.condition_embedder.time_embedder, self.condition_embedder.text_embedder):

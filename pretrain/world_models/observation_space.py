@@ -82,6 +82,10 @@ class ActionConditioner(nn.Module):
         super().__init__()
         self.actions_per_latent = actions_per_latent
         self.mlp = TwoLayers(action_dim * actions_per_latent, width, nn.SiLU())
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        self.mlp.linear_1.reset_parameters()
         nn.init.zeros_(self.mlp.linear_2.weight)
         nn.init.zeros_(self.mlp.linear_2.bias)
 
@@ -105,6 +109,11 @@ class ObservationSpaceWorldModel(nn.Module):
         self.residual_scale = config.residual_std if config.predict_residual else 1.0
         self.video = VideoDiT(config.video)
         self.action_conditioner = ActionConditioner(config.action_dim, config.actions_per_latent, config.video.width)
+
+    def init_weights(self) -> None:
+        """Draws all weights anew, from the default generator; those on the meta device draw nothing."""
+        self.video.init_weights()
+        self.action_conditioner.init_weights()
 
     # Pixels and latents -------------------------------------------------------------------------------------------
 
@@ -302,9 +311,11 @@ class ObservationSpaceWorldModel(nn.Module):
 
 
 def build_world_model(config: ObservationSpaceConfig, inputs: ModelInputs | MixedInputs) -> ObservationSpaceWorldModel:
-    """A world model that is fed so: null fields filled in, sizes checked."""
-    config = resolve(config, inputs)
-    return ObservationSpaceWorldModel(config, inputs.codec())
+    """A world model that is fed so: null fields filled in, sizes checked. It is on the meta device: it has no weights
+    before an engine gives it some."""
+    config, codec = resolve(config, inputs), inputs.codec()
+    with torch.device("meta"):
+        return ObservationSpaceWorldModel(config, codec)
 
 
 def resolve(config: ObservationSpaceConfig, inputs: ModelInputs | MixedInputs) -> ObservationSpaceConfig:

@@ -16,7 +16,9 @@ from pretrain.checkpoint_files import CheckpointWeights
 from pretrain.export import ExportConfig
 from pretrain.exported import load_world_model
 from pretrain.models.video_dit import VideoDiT
-from pretrain.train import PretrainConfig, main, start_from
+from pretrain.starting_weights import pretrained_weights
+from pretrain.train import PretrainConfig, main
+from pretrain.weights import load_into
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 CONFIGS = REPOSITORY / "configs" / "pretrain"
@@ -81,7 +83,7 @@ def test_it_is_an_export_too_and_another_run_can_start_from_it(trained: Path, tm
         assert torch.equal(again.state_dict()[name], value), name
     for parameter in again.parameters():
         torch.nn.init.zeros_(parameter)
-    start_from(again, folder, dataset)
+    load_into(again, *pretrained_weights(again, folder, dataset))
     assert torch.equal(again.video.proj_out.weight, first.video.proj_out.weight)
 
 

@@ -14,9 +14,9 @@ from configs.loader import UserError
 from pretrain.models.token_groups import Rule
 from pretrain.models.transformer import run_experts
 from pretrain.models.video_dit import VIDEO_EXPERT, VideoDiT, VideoDiTConfig
-from pretrain.train import start_from
-from pretrain.wan_folder import STEM, from_original, load_wan, write_wan_config
-from pretrain.weights import write_shards
+from pretrain.starting_weights import pretrained_weights
+from pretrain.wan_folder import STEM, from_original, wan_weights, write_wan_config
+from pretrain.weights import load_into, write_shards
 from pretrain.world_models.observation_space import (
     CONTEXT,
     FUTURE,
@@ -28,6 +28,10 @@ SIZES = dict(
     patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8,
     freq_dim=16, ffn_dim=32, num_layers=2,
 )  # fmt: skip
+
+
+def load_wan(video: VideoDiT, folder: Path) -> None:
+    load_into(video, wan_weights(video, folder))
 
 
 def random_wan(**changes) -> WanTransformer3DModel:
@@ -83,7 +87,7 @@ def test_a_state_dict_of_wan_1_3b_comes_back_byte_for_byte(tmp_path: Path) -> No
 def test_a_world_model_that_starts_from_wan_is_wan(wan_folder: Path) -> None:
     """Clean context and noised future as groups, with actions: what Wan computes from per-token timesteps."""
     reference, model = random_wan(), world_model()
-    start_from(model, wan_folder, dataset_of("wan"))
+    load_into(model, *pretrained_weights(model, wan_folder, dataset_of("wan")))
     context, noised = torch.randn(2, 1, 4, 4, 6), torch.randn(2, 2, 4, 4, 6)
     text, flow_time = torch.randn(2, 5, 8), torch.tensor([0.25, 0.75])
     actions = model.embed_actions(torch.randn(2, 8, 2), None, noised)
@@ -231,4 +235,4 @@ def test_a_clip_image_encoder_is_refused(tmp_path: Path) -> None:
 
 def test_latents_of_another_codec_are_refused(wan_folder: Path) -> None:
     with pytest.raises(UserError, match=re.escape("codec embedded; build the dataset with codec.kind=wan")):
-        start_from(world_model(), wan_folder, dataset_of("embedded"))
+        pretrained_weights(world_model(), wan_folder, dataset_of("embedded"))
