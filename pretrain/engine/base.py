@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from configs.loader import StrictConfig
@@ -66,18 +66,23 @@ class EngineConfig(StrictConfig):
     )
     timeout_s: float = Field(1800, gt=0, le=1e6, description="how long a rank waits for the others before it gives up")
 
+    @field_validator("offload_optimizer", "offload_weights", mode="before")
+    @classmethod
+    def _offloads_to_memory(cls, where: Any) -> Any:
+        if where == "nvme":
+            raise ValueError(
+                "nvme is not supported, because what DeepSpeed keeps on disks is out of reach of averages and "
+                "checkpoints; choose cpu, or shard over more GPUs"
+            )
+        return where
+
     @model_validator(mode="after")
-    def _zero_3_computes_as_it_likes(self) -> "EngineConfig":
-        if self.kind != "deepspeed" or self.zero_stage != 3:
-            return self
-        if self.compile:
+    def _zero_3_is_not_compiled(self) -> Self:
+        if self.compile and self.kind == "deepspeed" and self.zero_stage == 3:
             raise ValueError(
                 "compile does not go with zero_stage 3, which gathers each layer's weights inside of what would be "
                 "compiled; choose zero_stage 2, or kind accelerate with sharding fsdp2"
             )
-        if self.activation_checkpointing == "selective":
-            # Its linear layer adds the bias in place, into the very product that is kept: gradients would be wrong.
-            raise ValueError("activation_checkpointing selective does not go with zero_stage 3; choose full or none")
         return self
 
     @model_validator(mode="after")

@@ -13,6 +13,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -36,6 +37,7 @@ class DeepSpeedEngine(Engine):
         self.zero_stage = config.zero_stage
         self.deepspeed_config = deepspeed_config(config, optimizer_config, self.precision)
         deepspeed = _import_deepspeed(self.ranks)
+        self._linear = torch.nn.functional.linear  # which ZeRO-3 replaces, in the whole process
         if self.is_empty:
             self._make_room(deepspeed)
         self._deepspeed, *_ = deepspeed.initialize(
@@ -77,7 +79,9 @@ class DeepSpeedEngine(Engine):
                     deepspeed.zero.Init(module=part, config_dict_or_path=self.deepspeed_config, dtype=torch.float32)
 
     def forward_loss(self, batch: Mapping[str, Any], draws: SampleDraws) -> LossTerms:
-        return LossTerms(*self._deepspeed(self.to_device(batch), draws))
+        # Weights that ZeRO-3 lets go of must not live on as the copies that autocast keeps for a second use.
+        with _autocast_copies_kept(self.zero_stage < 3):
+            return LossTerms(*self._deepspeed(self.to_device(batch), draws))
 
     def backward(self, total: Tensor) -> None:
         self._deepspeed.backward(total)  # divides by the number of micro-batches
@@ -175,6 +179,7 @@ class DeepSpeedEngine(Engine):
 
     def close(self) -> None:
         self._deepspeed.destroy()
+        torch.nn.functional.linear = self._linear
 
 
 def deepspeed_config(config: EngineConfig, optimizer: OptimizerConfig, precision: str) -> dict[str, Any]:
@@ -189,6 +194,8 @@ def deepspeed_config(config: EngineConfig, optimizer: OptimizerConfig, precision
             "reduce_bucket_size": REDUCE_BUCKET,
             "offload_optimizer": {"device": config.offload_optimizer},
             "offload_param": {"device": config.offload_weights},
+            # ZeRO-3's own linear layer adds the bias in place, to the very product that selective checkpointing keeps.
+            "memory_efficient_linear": config.activation_checkpointing != "selective",
         },
         # torch's fused AdamW is an optimizer like any other, on a CPU too.
         "zero_allow_untested_optimizer": True,
@@ -217,6 +224,16 @@ class _Flattened:
         if size not in self._buffers:
             self._buffers[size] = flat[0].new_empty(size)
         return torch.cat(flat, out=self._buffers[size])
+
+
+@contextmanager
+def _autocast_copies_kept(are_kept: bool) -> Iterator[None]:
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(are_kept)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def _import_deepspeed(ranks: Ranks) -> ModuleType:

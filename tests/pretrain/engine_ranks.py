@@ -155,7 +155,6 @@ if __name__ == "__main__":
     parser.add_argument("--sequence", action="store_true", help="also train with sequences split")
     options = parser.parse_args()
     world_size = int(os.environ["WORLD_SIZE"])
-    # First, because ZeRO-3 replaces torch's linear layer for good, and selective checkpointing needs torch's own.
     sequence = sequence_ranks.distances(world_size) if options.sequence else {}
     gathers = [sequence_ranks.num_gathers(reshard) for reshard in (True, False)] if options.sequence else []
     seen = {name: train(name, options.folder / f"{name}_on_{world_size}") for name in options.train}

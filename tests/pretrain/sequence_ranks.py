@@ -157,9 +157,9 @@ def distances(world_size: int) -> dict[str, dict[str, float]]:
     expected = {kind: reference(kind) for kind in ("video", "joint")}
     splits = [size for size in (1, 2, 4) if size <= world_size]
     # Recomputed activations need weights that were dropped after the forward pass, and the exchanges once more.
-    # Selective comes before ZeRO-3 replaces torch's linear layer for good.
     cases = {
         "selective": ("video", {**ENGINES["fsdp2"], "sequence_parallel": 2, "activation_checkpointing": "selective"}),
+        "selective_zero3": ("video", {**ENGINES["zero3"], "activation_checkpointing": "selective"}),
         "full": ("video", {**ENGINES["zero3"], "sequence_parallel": 2, "activation_checkpointing": "full"}),
     }
     cases |= {

@@ -145,7 +145,7 @@ def test_sequences_split_over_ranks_give_the_step_of_one_process(world_size: int
     seen = dict(request.getfixturevalue({2: "on_two", 4: "on_four"}[world_size])["sequence"])
     splits = [size for size in (1, 2, 4) if size <= world_size]
     engines = ("zero1", "zero2", "zero3", "ddp", "fsdp2")
-    others = {"joint", "joint_fsdp2", "full", "selective", "bf16"}
+    others = {"joint", "joint_fsdp2", "full", "selective", "selective_zero3", "bf16"}
     assert seen.keys() == {f"{name}/{size}" for name in engines for size in splits} | others
     bf16 = seen.pop("bf16")
     assert 1e-4 < bf16["loss"] < 0.1 and bf16["weights"] < 0.01  # autocast was on, and changed little
@@ -219,6 +219,9 @@ def test_offload_reaches_deepspeed_and_is_refused_where_it_cannot_be() -> None:
         EngineConfig(kind="accelerate", offload_optimizer="cpu")
     with pytest.raises(ValueError, match=r"zero_stage=2 keeps weights on every rank: offload_weights needs stage 3"):
         EngineConfig(zero_stage=2, offload_weights="cpu")
+    for field in ("offload_optimizer", "offload_weights"):
+        with pytest.raises(ValueError, match=r"nvme is not supported, because .*; choose cpu"):
+            EngineConfig.model_validate({"zero_stage": 3, field: "nvme"})
 
 
 # --- learning rate ------------------------------------------------------------------------------------------------
