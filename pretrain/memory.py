@@ -1,6 +1,6 @@
-"""Bytes that a training step needs on each GPU, on paper: what DeepSpeed holds of the weights, and activations.
+"""Bytes that a training step needs on each GPU, on paper: what an engine holds of the weights, and activations.
 
-Weights are float32 under either precision (`pretrain.engine.deepspeed`), so a weight has four bytes in every copy.
+Weights are float32 under either precision (`pretrain.engine`), so a weight has four bytes in every copy.
 Activations are what autograd saves for the backward pass, tensor by tensor as the blocks of `pretrain.models` are
 written. Compiled, they save less: what is counted here is then an upper bound.
 """
@@ -16,7 +16,7 @@ from torch import nn
 from .engine.base import EngineConfig
 from .engine.deepspeed import REDUCE_BUCKET
 from .flops import TokenCounts
-from .models.execution import Checkpointing
+from .models.execution import Checkpointing, blocks_of
 from .models.video_dit import VideoDiTConfig
 
 FLOAT = 4  # bytes
@@ -31,12 +31,22 @@ class ModelSize:
     parameters: int
     cast: int
     """Of them those in matrix products, of which autocast makes copies."""
+    block: int = 0
+    """Those of the largest block."""
+    outside: int = 0
+    """Those of no block."""
 
 
 def model_size(model: nn.Module) -> ModelSize:
     """Of a model that may be on the meta device."""
     products = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
-    return ModelSize(sum(one.numel() for one in model.parameters()), sum(one.numel() for one in products))
+    blocks = [_num_weights(block) for block in blocks_of(model)]
+    total = _num_weights(model)
+    return ModelSize(total, sum(one.numel() for one in products), max(blocks, default=0), total - sum(blocks))
+
+
+def _num_weights(module: nn.Module) -> int:
+    return sum(one.numel() for one in module.parameters())
 
 
 # --- weights and what goes with them ------------------------------------------------------------------------------
@@ -66,10 +76,18 @@ class States:
 
 
 def states(size: ModelSize, engine: EngineConfig, num_gpus: int, precision: Precision) -> States:
-    """Of `kind: deepspeed`; the ranks of a sequence shard like all others. Small weights, which ZeRO-3 never cuts, are
-    left out."""
+    """The ranks of a sequence shard like all others."""
+    if engine.kind == "deepspeed":
+        return _deepspeed_states(size, engine, num_gpus, precision)
+    if engine.sharding == "ddp":
+        return _ddp_states(size, num_gpus, precision)
+    return _fsdp_states(size, engine, num_gpus, precision)
+
+
+def _deepspeed_states(size: ModelSize, engine: EngineConfig, num_gpus: int, precision: Precision) -> States:
+    """Small weights, which ZeRO-3 never cuts, are left out."""
     whole, stage = FLOAT * size.parameters, engine.zero_stage
-    part = FLOAT * math.ceil(size.parameters / num_gpus)
+    part = _part(size, num_gpus)
     offloads = engine.offload_optimizer == "cpu"
     offloads_weights = engine.offload_weights == "cpu"
     # Gradients are reduced as they come, and go to the CPU where the optimizer is; ZeRO-1 keeps all of its own between
@@ -78,7 +96,7 @@ def states(size: ModelSize, engine: EngineConfig, num_gpus: int, precision: Prec
     bucket = FLOAT * REDUCE_BUCKET
     gathered = min(FLOAT * LIVE_WEIGHTS, whole) if stage == 3 else 0
     # DeepSpeed's own linear layer under ZeRO-3 lets the copies go at once; else autocast keeps them for the step.
-    copies = 2 * size.cast if precision == "bf16" and stage < 3 else 0
+    copies = _copies(size, precision) if stage < 3 else 0
     return States(
         weights=whole if stage < 3 else 0 if offloads_weights else part,
         gradients=whole if stage == 1 and engine.grad_accum_steps > 1 else partitioned,
@@ -89,6 +107,45 @@ def states(size: ModelSize, engine: EngineConfig, num_gpus: int, precision: Prec
         in_backward=bucket * (2 if stage == 3 else 1) + gathered + copies,  # ZeRO-3 fills one as it reduces the other
         in_update=part if stage < 3 and not offloads else 0,  # the partition's gradients, laid end to end
     )
+
+
+def _ddp_states(size: ModelSize, num_gpus: int, precision: Precision) -> States:
+    whole = FLOAT * size.parameters
+    return States(
+        weights=whole,
+        gradients=whole if num_gpus == 1 else 2 * whole,  # DDP adds them up in buckets of its own
+        master_copy=0,
+        moments=2 * whole,
+        average=_part(size, num_gpus),
+        on_host=0,
+        in_backward=_copies(size, precision),
+        in_update=0,
+    )
+
+
+def _fsdp_states(size: ModelSize, engine: EngineConfig, num_gpus: int, precision: Precision) -> States:
+    part, whole = _part(size, num_gpus), FLOAT * size.parameters
+    # Two blocks, of which one is fetched while the other computes; whole gradients of a block, and laid end to end.
+    gathered = FLOAT * (2 * size.block + size.outside) if engine.reshard_after_forward else whole
+    return States(
+        weights=part,
+        gradients=whole if engine.grad_accum_steps > 1 else part,  # they are added up in the last micro-step alone
+        master_copy=0,
+        moments=2 * part,
+        average=part,
+        on_host=0,
+        in_backward=gathered + FLOAT * (2 * size.block + size.outside) + _copies(size, precision),
+        in_update=0,
+    )
+
+
+def _part(size: ModelSize, num_gpus: int) -> int:
+    return FLOAT * math.ceil(size.parameters / num_gpus)
+
+
+def _copies(size: ModelSize, precision: Precision) -> int:
+    """Of weights in bfloat16, which autocast makes and keeps for the step."""
+    return 2 * size.cast if precision == "bf16" else 0
 
 
 # --- activations --------------------------------------------------------------------------------------------------

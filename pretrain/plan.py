@@ -54,11 +54,21 @@ CHECKPOINT_BYTES = 16  # per weight: itself, its average and two moments
 ASSUMED = {"action_dim": 7, "actions_per_latent": 4}
 """Where neither the config nor a dataset says it; a few thousand weights hang on it."""
 MODES: tuple[Checkpointing, ...] = ("none", "selective", "full")
-SHARDINGS = (
-    *((1, "none", "none"), (1, "cpu", "none"), (2, "none", "none"), (2, "cpu", "none")),
-    *((3, "none", "none"), (3, "cpu", "none"), (3, "cpu", "cpu")),
-)
-"""zero_stage, offload_optimizer, offload_weights."""
+SHARDINGS: dict[str, tuple[dict[str, Any], ...]] = {
+    "deepspeed": tuple(
+        {"zero_stage": stage, "offload_optimizer": optimizer, "offload_weights": weights}
+        for stage, optimizer, weights in (
+            *((1, "none", "none"), (1, "cpu", "none"), (2, "none", "none"), (2, "cpu", "none")),
+            *((3, "none", "none"), (3, "cpu", "none"), (3, "cpu", "cpu")),
+        )
+    ),
+    "accelerate": (
+        {"sharding": "ddp"},
+        {"sharding": "fsdp2", "reshard_after_forward": False},
+        {"sharding": "fsdp2", "reshard_after_forward": True},
+    ),
+}
+"""What an engine can do with weights and states, by its kind; the plainest first."""
 
 
 class PlanConfig(PretrainConfig):
@@ -152,14 +162,14 @@ def lay_out(config: PlanConfig) -> Plan:
         num_gpus=config.num_gpus,
         num_steps=config.num_steps,
         mfu=mfu,
-        states=[states_plan(config, work, *sharding) for sharding in SHARDINGS],
+        states=[states_plan(config, work, sharding) for sharding in SHARDINGS[config.engine.kind]],
         clips=[clips_plan(config, work, clips, mode) for clips in work.clips for mode in MODES],
         configured=setting_plan(config, work, config.engine, mfu),
         best=told,
         gpu_types=[gpu_plan(config, work, gpu, mfu) for gpu in GPU_TYPES],
         failures=goodput_plan(config, work, told),
         overrides=overrides(config.engine, best),
-        deepspeed=deepspeed_config(best, config.optimizer, work.precision),
+        deepspeed=deepspeed_config(best, config.optimizer, work.precision) if best.kind == "deepspeed" else None,
     )
 
 
@@ -192,8 +202,6 @@ def parameters_of_video(model: ObservationSpaceConfig) -> int:
 
 
 def check(config: PlanConfig, work: Workload) -> None:
-    if config.engine.kind != "deepspeed":
-        raise UserError(f"engine.kind={config.engine.kind} is not planned for; set engine.kind=deepspeed.")
     check_split(config.engine.sequence_parallel, work.model.video.num_attention_heads, config.num_gpus)
     check_micro_batches({one.name: one.num_clips for one in work.clips}, config.engine, config.num_gpus)
 
@@ -226,7 +234,7 @@ def _too_large(config: PlanConfig, work: Workload, mfu: float) -> str:
     where = f"choose gpu={' or '.join(others)}" if others else "take more GPUs"
     return (
         f"Clips of {largest.name} ({largest.counts.tokens} tokens) need at least {memory / 1e9:.1f} GB on each GPU "
-        f"(engine.zero_stage={engine.zero_stage}, engine.sequence_parallel={engine.sequence_parallel}, "
+        f"({sharding_name(engine)}, engine.sequence_parallel={engine.sequence_parallel}, "
         f"engine.activation_checkpointing={engine.activation_checkpointing}), but gpu={config.gpu} has "
         f"{usable_bytes(config.gpu) / 1e9:.1f} GB to use, whatever is set: {where}, raise num_gpus={config.num_gpus}, "
         "or show less of a clip (loader.crop_frames)."
@@ -243,16 +251,14 @@ def settings(config: PlanConfig, work: Workload) -> Iterator[EngineConfig]:
         if any(one.num_clips % data_ranks for one in work.clips):
             continue
         for micro_steps in _divisors(math.gcd(*(one.num_clips // data_ranks for one in work.clips))):
-            for stage, offload_optimizer, offload_weights in SHARDINGS:
+            for sharding in SHARDINGS[config.engine.kind]:
                 for mode in MODES:
                     changes = {
-                        "zero_stage": stage,
-                        "offload_optimizer": offload_optimizer,
-                        "offload_weights": offload_weights,
+                        **sharding,
                         "sequence_parallel": ranks,
                         "grad_accum_steps": micro_steps,
                         "activation_checkpointing": mode,
-                        "compile": config.engine.compile and stage < 3,
+                        "compile": config.engine.compile and sharding.get("zero_stage") != 3,
                     }
                     try:
                         yield EngineConfig.model_validate(config.engine.model_dump() | changes)
@@ -268,9 +274,9 @@ def cheapest(config: PlanConfig, work: Workload, gpu: GpuName, mfu: float) -> En
 
 
 def _plainness(engine: EngineConfig) -> tuple[int, ...]:
-    offloads = (engine.offload_optimizer, engine.offload_weights).count("cpu")
-    mode = MODES.index(engine.activation_checkpointing)
-    return engine.sequence_parallel, engine.grad_accum_steps, engine.zero_stage, offloads, mode
+    shardings, mode = SHARDINGS[engine.kind], MODES.index(engine.activation_checkpointing)
+    (sharding,) = (n for n, one in enumerate(shardings) if all(getattr(engine, name) == one[name] for name in one))
+    return engine.sequence_parallel, engine.grad_accum_steps, sharding, mode
 
 
 def price(config: PlanConfig, work: Workload, engine: EngineConfig, gpu: GpuName, mfu: float) -> Price:
@@ -342,18 +348,20 @@ def _tokens(row: dict[str, Any]) -> float:
 # --- telling ------------------------------------------------------------------------------------------------------
 
 
-def states_plan(config: PlanConfig, work: Workload, stage: int, optimizer: str, weights: str) -> StatesPlan:
-    engine = EngineConfig.model_validate(
-        {
-            "zero_stage": stage,
-            "offload_optimizer": optimizer,
-            "offload_weights": weights,
-            "grad_accum_steps": config.engine.grad_accum_steps,
-        }
-    )
+def states_plan(config: PlanConfig, work: Workload, sharding: dict[str, Any]) -> StatesPlan:
+    settings = {"kind": config.engine.kind, "grad_accum_steps": config.engine.grad_accum_steps, **sharding}
+    engine = EngineConfig.model_validate(settings)
     held = states(work.size, engine, config.num_gpus, work.precision)
     numbers = {name: getattr(held, name) / 1e9 for name in StatesPlan.model_fields if hasattr(held, name)}
-    return StatesPlan(zero_stage=stage, offload=_offload(engine), **numbers)
+    return StatesPlan(sharding=sharding_name(engine), offload=_offload(engine), **numbers)
+
+
+def sharding_name(engine: EngineConfig) -> str:
+    if engine.kind == "deepspeed":
+        return f"ZeRO-{engine.zero_stage}"
+    if engine.sharding == "ddp":
+        return "DDP"
+    return "FSDP2" if engine.reshard_after_forward else "FSDP2, not dropped after forward"
 
 
 def _offload(engine: EngineConfig) -> str:
@@ -380,7 +388,7 @@ def setting_plan(config: PlanConfig, work: Workload, engine: EngineConfig, mfu: 
     peak = config.num_gpus * GPU_TYPES[config.gpu].peak_flops
     hours = config.num_steps * found.step_s / 3600
     return SettingPlan(
-        zero_stage=engine.zero_stage,
+        sharding=sharding_name(engine),
         offload=_offload(engine),
         sequence_parallel=engine.sequence_parallel,
         micro_batch=", ".join(str(micro_batch(config, one, engine)) for one in work.clips),

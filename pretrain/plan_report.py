@@ -14,7 +14,7 @@ from configs.tables import side_by_side, table
 class StatesPlan(BaseModel):
     """GB on each GPU."""
 
-    zero_stage: int
+    sharding: str
     offload: str
     weights: float
     gradients: float
@@ -39,7 +39,7 @@ class ClipsPlan(BaseModel):
 
 
 class SettingPlan(BaseModel):
-    zero_stage: int
+    sharding: str
     offload: str
     sequence_parallel: int
     micro_batch: str  # of each size of clips
@@ -90,7 +90,7 @@ class Plan(BaseModel):
     gpu_types: list[GpuPlan]
     failures: GoodputPlan
     overrides: list[str]  # that make the configured run the best one
-    deepspeed: dict[str, Any]  # DeepSpeed's JSON of the best one
+    deepspeed: dict[str, Any] | None  # DeepSpeed's JSON of the best one; null: another engine
 
 
 def show(plan: Plan, out: Console) -> None:
@@ -101,7 +101,7 @@ def show(plan: Plan, out: Console) -> None:
     for name, value in plan.assumed.items():
         out.print(f"model.{name}={value} is assumed, for there is no dataset to ask")
     for part in (
-        table(plan.states, "What DeepSpeed holds, in GB on each GPU"),
+        table(plan.states, "What the engine holds, in GB on each GPU"),
         table(plan.clips, "One clip (latent frames x channels x rows x columns, or a dataset's size)"),
         side_by_side({"as configured": plan.configured, "best": plan.best}, f"On {plan.num_gpus} {plan.gpu}"),
         table(plan.gpu_types, f"On {plan.num_gpus} of each type, at the same MFU"),
@@ -110,4 +110,5 @@ def show(plan: Plan, out: Console) -> None:
         out.print()
         out.print(part)
     out.print(f"\nBest, beside the config: {' '.join(plan.overrides) or 'nothing to change'}")
-    out.print(f"DeepSpeed's JSON for it:\n{json.dumps(plan.deepspeed, indent=1)}")
+    if plan.deepspeed is not None:
+        out.print(f"DeepSpeed's JSON for it:\n{json.dumps(plan.deepspeed, indent=1)}")

@@ -1,8 +1,8 @@
 """How long a training step takes, on paper: arithmetic, traffic between GPUs, and what failures cost.
 
 Arithmetic goes by a model-FLOPs utilisation (MFU), given or measured, of a step that computes nothing twice and waits
-for no other GPU; both are added here. Rough, and on the safe side: of all traffic only half of ZeRO-3's hides behind
-arithmetic, because DeepSpeed overlaps the two there alone by default.
+for no other GPU; both are added here. Rough, and on the safe side: of all traffic only half hides behind arithmetic,
+and that of ZeRO-1 and 2 not at all, where DeepSpeed does not overlap the two by default.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ GpuName = Literal["h100", "h200", "b200", "gb200", "a100-80", "a100-40", "l40s"]
 REACHED = 0.8
 """Share of a nominal bandwidth that large transfers get."""
 HIDDEN = 0.5
-"""Of the traffic of ZeRO-3, where there is as much arithmetic: prefetching never hides all of it."""
+"""Of traffic that is overlapped with arithmetic, where there is as much of that: never all of it is hidden."""
 HOST_MEMORY_BYTES_S = 300e9  # of a machine's memory, shared by its GPUs
 UPDATE_BYTES = 52  # per weight: AdamW reads four numbers and writes three, the average three, norm and copies three
 
@@ -90,10 +90,11 @@ def step_s(
     video: VideoDiTConfig, size: ModelSize, clips: Clips, engine: EngineConfig, cluster: Cluster, mfu: float,
     precision: Precision = "bf16",
 ) -> float:  # fmt: skip
-    """Seconds of a step of `kind: deepspeed`."""
+    """Seconds of a step."""
     computing = compute_s(video, clips, engine, cluster, mfu, precision)
     weights = weights_traffic_s(size, engine, cluster)
-    hidden = HIDDEN * min(computing, weights) if engine.zero_stage == 3 else 0.0
+    overlaps = engine.kind == "accelerate" or engine.zero_stage == 3
+    hidden = HIDDEN * min(computing, weights) if overlaps else 0.0
     return (
         computing
         + weights
@@ -126,16 +127,25 @@ def weights_traffic_s(size: ModelSize, engine: EngineConfig, cluster: Cluster) -
     """Gradients to be added up, and weights to be gathered: float32 numbers, both of them."""
     num, micro_steps = cluster.num_gpus, engine.grad_accum_steps
     once = FLOAT * size.parameters * (num - 1) / num
-    if (
-        engine.zero_stage == 1
-    ):  # an all-reduce of gradients (two passes) in the last micro-step, weights after the update
-        passes = 3
-    elif engine.zero_stage == 2:  # the all-reduce in every micro-step
-        passes = 2 * micro_steps + 1
-    else:  # weights for the forward and the backward pass, and gradients to where their weights are
-        passes = 3 * micro_steps
+    passes = _accelerate_passes(engine) if engine.kind == "accelerate" else _deepspeed_passes(engine)
     from_host = 2 * micro_steps * FLOAT * size.parameters / num if engine.offload_weights == "cpu" else 0
     return cluster.collective_s(passes * once) + cluster.host_s(from_host)
+
+
+def _deepspeed_passes(engine: EngineConfig) -> int:
+    """Of all weights' worth of numbers through a ring; an all-reduce is two."""
+    if engine.zero_stage == 1:  # gradients are reduced in the last micro-step, weights gathered after the update
+        return 3
+    if engine.zero_stage == 2:  # reduced in every micro-step
+        return 2 * engine.grad_accum_steps + 1
+    return 3 * engine.grad_accum_steps  # weights for both passes, and gradients to where their weights are
+
+
+def _accelerate_passes(engine: EngineConfig) -> int:
+    """Gradients are added up in the last micro-step: everywhere, or where their weights are."""
+    if engine.sharding == "ddp":
+        return 2
+    return (2 if engine.reshard_after_forward else 1) * engine.grad_accum_steps + 1
 
 
 def sequence_traffic_s(
@@ -150,8 +160,9 @@ def sequence_traffic_s(
 
 
 def update_s(size: ModelSize, engine: EngineConfig, cluster: Cluster) -> float:
-    """The optimizer's update and the average of the weights, each rank on its part."""
-    part = size.parameters / cluster.num_gpus
+    """The optimizer's update and the average of the weights, each rank on its part; with DDP on all of them."""
+    is_whole = engine.kind == "accelerate" and engine.sharding == "ddp"
+    part = size.parameters if is_whole else size.parameters / cluster.num_gpus
     if engine.offload_optimizer == "none":
         return UPDATE_BYTES * part / (REACHED * cluster.gpu.memory_gb_s * 1e9)
     on_machine = min(cluster.num_gpus, cluster.gpus_per_node)

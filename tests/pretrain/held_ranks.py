@@ -1,8 +1,9 @@
-"""What an engine holds between two micro-steps, under torchrun: bytes of all live tensors of rank 0, by ZeRO stage."""
+"""What an engine holds between two micro-steps, under torchrun: bytes of all live tensors of rank 0, by engine."""
 
 import gc
 import json
 import sys
+from typing import Any
 
 import torch
 
@@ -17,6 +18,11 @@ SIZES = VideoDiTConfig(
 )
 MODEL = ObservationSpaceConfig(video=SIZES, action_dim=2, actions_per_latent=4, residual_std=1.0)
 
+ENGINES: dict[str, dict[str, Any]] = {
+    **{f"zero{stage}": {"zero_stage": stage} for stage in (1, 2, 3)},
+    **{sharding: {"kind": "accelerate", "sharding": sharding} for sharding in ("ddp", "fsdp2")},
+}
+
 
 def held_bytes() -> int:
     gc.collect()
@@ -26,8 +32,9 @@ def held_bytes() -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def held_in_second_step(stage: int) -> int:
-    config = EngineConfig(device="cpu", precision="fp32", zero_stage=stage, grad_accum_steps=2, attention="sdpa")
+def held_in_second_step(name: str) -> int:
+    settings = {"device": "cpu", "precision": "fp32", "grad_accum_steps": 2, "attention": "sdpa", **ENGINES[name]}
+    config = EngineConfig.model_validate(settings)
     before = held_bytes()
     engine = create_engine(config, ObservationSpaceWorldModel(MODEL), OptimizerConfig())
     ema = ExponentialMovingAverage(engine, 0.9)
@@ -47,6 +54,6 @@ def held_in_second_step(stage: int) -> int:
 
 
 if __name__ == "__main__":
-    measured = held_in_second_step(int(sys.argv[1]))
+    measured = held_in_second_step(sys.argv[1])
     if torch.distributed.get_rank() == 0:
         sys.stdout.write(json.dumps(measured) + "\n")
