@@ -157,8 +157,8 @@ class Episode:
     views: Mapping[str, Footage]
     fps: float
     num_frames: int
-    actions: np.ndarray | None  # float32 [n a], raw physical units; row i is executed from time i/control_hz on
-    proprio: np.ndarray | None  # float32 [n s], same clock
+    actions: np.ndarray | None  # [n a], in physical units, kept as float32; row i is executed from i/control_hz on
+    proprio: np.ndarray | None  # [n s], same clock, kept as float32
     control_hz: float | None
     embodiment: str | None
     instruction: str | None
@@ -174,6 +174,8 @@ class Episode:
             object.__setattr__(self, "instruction", self.instruction[:MAX_INSTRUCTION_LENGTH])
             object.__setattr__(self, "repairs", (*self.repairs, note))
         object.__setattr__(self, "uri", printable(self.uri))
+        for name in ("actions", "proprio"):
+            object.__setattr__(self, name, _as_rows(getattr(self, name), name, self.uri))
         object.__setattr__(self, "repairs", tuple(map(_sentence, self.repairs)))
 
 
@@ -189,6 +191,16 @@ class SourceError(Exception):
 
     def __reduce__(self) -> tuple[type[SourceError], tuple[str, str, str]]:  # exceptions cross process borders in Ray
         return SourceError, (self.reason, self.where, self.detail)
+
+
+def _as_rows(numbers: np.ndarray | None, what: str, where: str) -> Float32[np.ndarray, "n d"] | None:
+    """As they are stored. SourceError where there is not a row of numbers per step."""
+    if numbers is None:
+        return None
+    if np.ndim(numbers) != 2:
+        raise SourceError("wrong_dims", where, f"its {what} have the shape {list(np.shape(numbers))} instead of [n d]")
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinity, and its row invalid
+        return np.asarray(numbers, dtype=np.float32)
 
 
 class UnknownRateError(UserError):

@@ -2,6 +2,7 @@
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,9 @@ def test_the_reader_reads(tmp_path):
     assert (footage.info().height, footage.info().codec) == (numbered_frames(range(1)).shape[1], "png")
     assert read_numbers(footage.read(footage.positions(np.array([0.0, 0.31]), 10.0))) == [100, 103]
     np.testing.assert_array_equal(episode.actions[1], [106, 107])
+    assert episode.actions.dtype == episode.proprio.dtype == np.float32  # as samples hold them, whatever was read
+    with pytest.raises(SourceError, match=r"wrong_dims: .*actions have the shape \[6\] instead of \[n d\]"):
+        replace(episode, actions=episode.actions[:, 0])
     (tmp_path / "take 0/log.csv").write_text("not numbers")
     with pytest.raises(SourceError, match="unreadable_file"):
         source.read_episode(first)
