@@ -38,11 +38,13 @@ def open_sources(config: BuildConfig) -> tuple[dict[str, Source], dict[str, list
 
 @contextmanager
 def _reading(name: str) -> Iterator[None]:
-    """UserError where what the episodes of a source share cannot be read."""
+    """UserError, with the source's name, where what its episodes share cannot be read."""
     try:
         yield
     except SourceError as error:
         raise UserError(f"sources.{name}: {error.where}: {error.detail}.") from error
+    except UserError as error:
+        raise UserError(f"sources.{name}: {error}") from error
 
 
 def _reader_config(name: str, source: AnySourceConfig, root: Path) -> AnySourceConfig:

@@ -362,6 +362,12 @@ def bad(recordings, tmp_path, message, **changes):
     assert "\n" not in str(raised.value)
 
 
+def test_what_a_reader_says_has_the_name_of_its_source(recordings, tmp_path):
+    np.savez(tmp_path / "a.npz", image=np.zeros((9, 32, 32, 3), np.uint8), action=np.zeros((9, 2), np.float32))
+    source = {"kind": "npz", "path": tmp_path / "a.npz"}
+    bad(recordings, tmp_path, r"^sources\.arm: .*a\.npz: .* steps .* set control_hz\.$", sources={"arm": source})
+
+
 def test_bad_input_is_one_sentence(recordings, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "precious").mkdir()
