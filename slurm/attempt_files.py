@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 
 LEDGER, ERRORS = "attempts.jsonl", "errors.txt"
 LOGS, PREFLIGHT = "logs", "preflight"
+ALL_REDUCE = "all_reduce"  # what goes wrong with it may be another node's fault
 DONE, REQUEUE, STOP, FAILED = "done", "requeue", "stop", "failed"
 BAD_INPUT, EXIT_STOPPED, EXIT_NO_PROGRESS, EXIT_INTERRUPTED = 2, 75, 93, 130
 CLEAN_EXITS = frozenset({0, EXIT_STOPPED, EXIT_INTERRUPTED})

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .attempt_files import (
+    ALL_REDUCE,
     CLEAN_EXITS,
     LEDGER,
     LOGS,
@@ -104,7 +105,9 @@ def first_cause(folder: Path, attempt: Attempt) -> str:
 
 def _unfit(folder: Path, attempt: Attempt) -> list[str]:
     checks = preflight_rows(folder / PREFLIGHT / attempt_name(attempt.number))
-    return [f"{node}: {problem}" for node, row in checks.items() for problem in row["problems"].values()]
+    problems = [(name, node, problem) for node, row in checks.items() for name, problem in row["problems"].items()]
+    ordered = sorted(problems, key=lambda item: item[0] == ALL_REDUCE)
+    return [f"{node}: {problem}" for _, node, problem in ordered]
 
 
 def find_endings(logs: Path, attempt: Attempt) -> list[Ending]:

@@ -5,9 +5,10 @@
     bad=$(python -m slurm.preflight exclude FOLDER --nodes "n1 n2 n3")
 
 `check` runs once on every node, where the ranks will run: it writes to the disks and looks at their space, at memory
-and GPUs, sums numbers over all GPUs of all nodes (NCCL; gloo without GPUs), and compares the clocks. Whatever may hang
-has a time limit. It leaves one JSON row, FOLDER/preflight/attempt_001/<node>.json. Where the sum fails, nodes try again
-in pairs, three times with changing partners: a broken one then fails with everybody, the others only with it.
+and GPUs. If all of them are fit so far, they sum numbers over all GPUs of all nodes (NCCL; gloo without GPUs), and
+compare their clocks. Where the sum fails, they try again in pairs, three times with changing partners: a broken node
+then fails with everybody, the others only with it. Whatever may hang has a time limit. What a node found is one JSON
+row, FOLDER/preflight/attempt_001/<node>.json.
 
 `exclude` runs in the batch script. It writes the nodes to exclude from the next attempt, with commas: those that were
 unfit in this or an earlier attempt of the same submission. Its exit code is 1 where this attempt had better not start.
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from .attempt_files import (
+    ALL_REDUCE,
     PREFLIGHT,
     Attempt,
     CommandError,
@@ -47,7 +49,9 @@ from .attempt_files import (
     write_whole,
 )
 
-UNFINISHED, ALL_REDUCE = "unfinished", "all_reduce"
+UNFINISHED, CLOCK = "unfinished", "clock"
+BETWEEN_NODES = {ALL_REDUCE, CLOCK}
+OWN_CHECKS_S = "own_checks_s"
 PROBE_BYTES, DISK_LIMIT_S, GPU_LIMIT_S = 16 * 2**20, 60.0, 60.0
 NUM_ROUNDS, PAIR_LIMIT_S = 3, 60.0
 
@@ -63,22 +67,31 @@ def check(folder: Path, given: argparse.Namespace) -> int:
     def write(**more: Any) -> None:
         write_whole(folder / f"{node}.json", json.dumps({**row, **more}) + "\n")
 
+    began = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
-    write(problems={UNFINISHED: "did not finish its checks"})  # until it has
+    unfinished = {UNFINISHED: "did not finish its checks"}  # until it has
+    write(problems=unfinished)
     for inspect in (_disks, _memory, _gpus):
         _note(row, inspect(folder, given))
-    if not _have_come(folder, num_nodes, given.limit_s):
+    row[OWN_CHECKS_S] = time.monotonic() - began
+    write(problems={**row["problems"], **unfinished})
+    if not _wait_for_rows(folder, num_nodes, given.limit_s, lambda other: OWN_CHECKS_S in other):
         _note(row, {"problems": {ALL_REDUCE: f"waited {given.limit_s:g} s for nodes that have not come"}})
-    elif num_nodes * max(1, given.gpus) > 1:
+    elif num_nodes * max(1, given.gpus) > 1 and _all_are_fit(folder):
         with _store(given.rendezvous, is_here=node_id == 0):
             _note(row, _network(given, node_id, num_nodes))
             write()
             if node_id == 0 and "pairs" in row:  # others may not be done with theirs
-                _wait_for_rows(folder, num_nodes, 2 * PAIR_LIMIT_S, lambda row: UNFINISHED not in row["problems"])
+                _wait_for_rows(folder, num_nodes, 2 * PAIR_LIMIT_S, lambda other: UNFINISHED not in other["problems"])
     write()
     for problem in row["problems"].values():
         sys.stderr.write(f"{node}: {problem}\n")
     return 1 if row["problems"] else 0
+
+
+def _all_are_fit(folder: Path) -> bool:
+    """As far as each could tell by itself; where not, there is no need to let them add up."""
+    return not any(set(row["problems"]) - {UNFINISHED, *BETWEEN_NODES} for row in preflight_rows(folder).values())
 
 
 def _place() -> tuple[str, int, int]:
@@ -177,7 +190,7 @@ def _network(given: argparse.Namespace, node_id: int, num_nodes: int) -> dict[st
         offset_s = _clock_offset(answer["clocks"][:: max(1, given.gpus)], node_id)
         problems = {}
         if abs(offset_s) > given.max_clock_skew_s:
-            problems["clock"] = f"its clock is off by {offset_s:+.1f} s, more than {given.max_clock_skew_s:g}"
+            problems[CLOCK] = f"its clock is off by {offset_s:+.1f} s, more than {given.max_clock_skew_s:g}"
         return {"all_reduce_s": answer["all_reduce_s"], "clock_offset_s": offset_s, "problems": problems}
     found: dict[str, Any] = {"problems": {ALL_REDUCE: problem}}
     return found if num_nodes <= 2 else {**found, "pairs": _pairs(given, node_id, num_nodes, pairs_begin)}
@@ -262,12 +275,8 @@ def _store(rendezvous: str, is_here: bool) -> Iterator[None]:
             process.communicate()
 
 
-def _have_come(folder: Path, num_nodes: int, limit_s: float) -> bool:
-    """Whether all nodes have left a row: some may still load their container's image."""
-    return _wait_for_rows(folder, num_nodes, limit_s, lambda row: True)
-
-
 def _wait_for_rows(folder: Path, number: int, limit_s: float, counts: Callable[[dict[str, Any]], bool]) -> bool:
+    """Whether so many come in time: some nodes may still load their container's image."""
     deadline = time.monotonic() + limit_s
     while sum(counts(row) for row in preflight_rows(folder).values()) < number:
         if time.monotonic() > deadline:

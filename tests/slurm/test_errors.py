@@ -172,11 +172,12 @@ def test_ranks_that_ended_well_are_not_on_the_page(job: Job) -> None:
 
 
 def test_a_node_that_was_not_fit_comes_first(job: Job) -> None:
-    row = {"node": "n2", "problems": {"gpus": "shows 7 GPUs of the 8 that are needed"}}
-    (job.folder / "preflight" / "attempt_001" / "n2.json").write_text(json.dumps(row))
-    assert section(job.page(), "before it started") == (
-        "before it started:\n  n2: shows 7 GPUs of the 8 that are needed"
-    )
+    for node, problems in {"n1": {"all_reduce": "it takes too long"}, "n2": {"gpus": "shows 7 GPUs"}}.items():
+        row = {"node": node, "problems": problems}
+        (job.folder / "preflight" / "attempt_001" / f"{node}.json").write_text(json.dumps(row))
+    page = job.page()
+    assert section(page, "before it started") == "before it started:\n  n2: shows 7 GPUs\n  n1: it takes too long"
+    assert read_attempts(job.folder)[0].reason.endswith(" n2: shows 7 GPUs")
 
 
 @pytest.mark.parametrize("ended", ["NaN", "1e300", "-1", '"later"', "null", "true"])

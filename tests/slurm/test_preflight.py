@@ -224,10 +224,19 @@ def test_a_node_that_waits_in_vain_gives_up(tmp_path: Path) -> None:
     node = start(tmp_path, 0, free_port(), "--limit-s", "0.5")
     assert node.communicate()[1] == "n1: waited 0.5 s for nodes that have not come\n"
     assert node.returncode == 1 and nodes_to_exclude(tmp_path, ["n1", "n2"]) == ["n2"]  # which left no row
-    (tmp_path / "n2.json").write_text('{"node": "n2", "problems": {"unfinished": "did not finish its checks"}}')
+    row = {"node": "n2", "own_checks_s": 0.1, "problems": {"unfinished": "did not finish its checks"}}
+    (tmp_path / "n2.json").write_text(json.dumps(row))
     node = start(tmp_path, 0, free_port(), "--limit-s", "1")
     assert node.communicate()[1] == "n1: the all-reduce (gloo) failed: it takes too long\n"
     assert node.returncode == 1 and nodes_to_exclude(tmp_path, ["n1", "n2"]) == ["n2"]
+
+
+def test_where_a_node_is_unfit_nobody_adds_up(tmp_path: Path) -> None:
+    (tmp_path / "n2.json").write_text(json.dumps({"node": "n2", "own_checks_s": 0.1, "problems": TOO_LITTLE}))
+    node = start(tmp_path, 0, free_port(), "--limit-s", "60")
+    assert node.communicate()[1] == "" and node.returncode == 0
+    assert "all_reduce_s" not in preflight_rows(tmp_path)["n1"]
+    assert nodes_to_exclude(tmp_path, ["n1", "n2"]) == ["n2"]
 
 
 # --- the verdict --------------------------------------------------------------------------------------------------
