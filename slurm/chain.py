@@ -252,6 +252,7 @@ class Task:
     folder: Path  # of its attempts and logs
     command: tuple[str, ...]  # what follows `python -m`
     run_dir: Path | None = None  # of a training, where its progress is seen
+    output: Path | None = None  # of an evaluation, where its results are
 
 
 @dataclass(frozen=True)
@@ -341,15 +342,12 @@ def _evaluate_job(chain: ChainConfig, before: Job | None) -> Job | None:
         return None
 
     def task(name: str) -> Task:
-        given = [f"output={chain.run_dir}/evaluate/{name}".rstrip("/")]
+        output, folder = chain.run_dir / "evaluate" / name, job_folder(chain, "evaluate") / name
+        given = [f"output={output}"]
         if finetune is not None:
-            given.append(f"checkpoint={chain.run_dir}/finetune/{name}".rstrip("/") + "/export")
+            given.append(f"checkpoint={chain.run_dir / 'finetune' / name / 'export'}")
         given += _dataset(chain, "open_loop.dataset")
-        return Task(
-            name or "evaluate",
-            job_folder(chain, "evaluate") / name,
-            _command(chain, "finetune.evaluate", config, given),
-        )
+        return Task(name or "evaluate", folder, _command(chain, "finetune.evaluate", config, given), output=output)
 
     tasks = {str(i): task(preset.name) for i, preset in enumerate(each_preset(finetune))} if finetune else {}
     return Job(

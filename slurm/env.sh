@@ -30,4 +30,5 @@ SCRATCH=/tmp
 # export NCCL_IB_HCA=mlx5
 # export NCCL_DEBUG=WARN
 # export FI_PROVIDER=efa
+# export MUJOCO_GL=egl
 # export HF_HOME=/shared/huggingface

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,7 +30,10 @@ def read_chain(run_dir: Path) -> ChainConfig:
     """The chain that was submitted into a folder."""
     if not (run_dir / CHAIN_FILE).is_file():
         raise UserError(f"{run_dir}: has no {CHAIN_FILE}; give the run_dir of a chain that slurm.submit has submitted.")
-    return load_config(ChainConfig, run_dir / CHAIN_FILE)
+    chain = load_config(ChainConfig, run_dir / CHAIN_FILE)
+    if not (chain.run_dir.is_dir() and chain.run_dir.samefile(run_dir)):
+        raise UserError(f"{run_dir}: was {chain.run_dir} when it was submitted; move it back, or link it there.")
+    return chain
 
 
 def read_submissions(run_dir: Path) -> list[Submission]:
@@ -49,6 +52,10 @@ def write_submissions(run_dir: Path, submissions: Iterable[Submission]) -> None:
     partial = run_dir / f".{JOBS_FILE}"
     partial.write_text(json.dumps({"jobs": [asdict(one) for one in submissions]}, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, run_dir / JOBS_FILE)
+
+
+NotDone = Mapping[str, str]
+"""Index of a task that is not done yet -> id of the job that does it."""
 
 
 @dataclass(frozen=True)
@@ -97,3 +104,12 @@ def read_states(chain: ChainConfig, queue: dict[tuple[str, str], QueuedTask]) ->
             queued = queue.get((submission.job_id, index)) if submission else None
             states.append(TaskState(job, index, task, submission, queued, read_attempts(task.folder)))
     return states
+
+
+def tasks_at_work(states: Iterable[TaskState]) -> dict[StageName, NotDone]:
+    """What waits or works already, by stage."""
+    at_work: dict[StageName, dict[str, str]] = {}
+    for state in states:
+        if state.queued is not None and state.submission is not None:
+            at_work.setdefault(state.job.stage, {})[state.index] = state.submission.job_id
+    return {**at_work}

@@ -16,8 +16,8 @@ from configs.loader import StrictConfig, UserError, run_command
 
 from . import scheduler
 from .chain import StageName
-from .jobs import read_chain, read_states, read_submissions
-from .submit import submit_all, write_files, write_texts
+from .jobs import read_chain, read_states, read_submissions, tasks_at_work
+from .submit import check_partitions, submit_all, write_files, write_texts
 
 WAITS_FOR_EVER = "DependencyNeverSatisfied"
 
@@ -32,14 +32,14 @@ class ResubmitConfig(StrictConfig):
 def main(config: ResubmitConfig) -> int:
     chain = read_chain(config.run_dir)
     queue = scheduler.read_queue(one.job_id for one in read_submissions(chain.run_dir))
+    ending = [job_id for (job_id, _), one in queue.items() if one.state == "COMPLETING"]
+    if ending:
+        raise UserError(f"{chain.run_dir}: job {ending[0]} is just ending; try again in a minute.")
     waiting_for_ever = [key for key, one in queue.items() if one.reason == WAITS_FOR_EVER]
     states = read_states(chain, {key: one for key, one in queue.items() if key not in waiting_for_ever})
     due: dict[StageName, list[str]] = {}
-    at_work: dict[StageName, dict[str, str]] = {}
     for state in states:
-        if state.queued is not None and state.submission is not None:
-            at_work.setdefault(state.job.stage, {})[state.index] = state.submission.job_id
-        elif not state.is_done:
+        if state.queued is None and not state.is_done:
             due.setdefault(state.job.stage, []).append(state.index)
             sys.stdout.write(f"{state.job.stage:9} {state.task.name}: {state.word}, so it is due\n")
     if not due:
@@ -47,10 +47,11 @@ def main(config: ResubmitConfig) -> int:
     if config.dry_run:
         return 0
     jobs = {state.job.stage: state.job for state in states if state.job.stage in due}
+    check_partitions(chain, list(jobs.values()))
     scripts = write_texts(chain, list(jobs.values()))
     write_files(chain, scripts)
     scheduler.cancel([f"{job_id}_{index}" if index else job_id for job_id, index in waiting_for_ever])
-    submit_all(chain.run_dir, scripts, due, at_work)
+    submit_all(chain.run_dir, scripts, due, tasks_at_work(states))
     return 0
 
 

@@ -71,6 +71,8 @@ def columns(state: TaskState) -> Iterator[str]:
         yield f"attempt {state.attempts[-1].number}"
     if state.task.run_dir is not None:
         yield progress(state.task.run_dir)
+    if state.task.output is not None and state.is_done:
+        yield outcome(state.task.output / "results.json")
 
 
 def details(state: TaskState) -> Iterator[str]:
@@ -88,6 +90,21 @@ def details(state: TaskState) -> Iterator[str]:
             yield f"errors: {errors}"
     if state.word != "done":
         yield f"logs: {state.task.folder / LOGS / attempt_name(last.number)}"
+
+
+# --- what came out ------------------------------------------------------------------------------------------------
+
+
+def outcome(results: Path) -> str:
+    """How the policy did, in a few words."""
+    try:
+        found = json.loads(results.read_text(encoding="utf-8"))
+        if "pooled" in found:
+            low, high = found["pooled"]["policy"]["interval"]
+            return f"success {found['pooled']['policy']['rate']:.0%} ({low:.0%} to {high:.0%})"
+        return f"action error {found['action_error']['policy']['l1_normalised']:.4g} (L1, normalised)"
+    except (OSError, ValueError, KeyError, TypeError):  # other rows were asked for, or another evaluation wrote it
+        return f"see {results}" if results.is_file() else ""
 
 
 # --- how far a training is ----------------------------------------------------------------------------------------

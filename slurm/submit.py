@@ -21,9 +21,9 @@ from pydantic import Field
 from configs.loader import UserError, dump_config, run_command
 
 from . import scheduler
-from .chain import REPOSITORY, ChainConfig, Job, StageName, plan_jobs, seconds
-from .environment import Environment, filled_in, read_environment
-from .jobs import CHAIN_FILE, Submission, read_submissions, write_submissions
+from .chain import REPOSITORY, ChainConfig, Job, StageName, TrainingConfig, plan_jobs, seconds
+from .environment import filled_in, read_environment
+from .jobs import CHAIN_FILE, NotDone, Submission, read_states, read_submissions, tasks_at_work, write_submissions
 from .render import Place, array_option, render, script_path
 from .stage_settings import check_stages
 
@@ -42,7 +42,6 @@ class Script:
     job: Job
     path: Path
     text: str
-    max_nodes: int
 
 
 def main(config: SubmitConfig) -> int:
@@ -55,9 +54,8 @@ def main(config: SubmitConfig) -> int:
         jobs = [job for job in jobs if job.stage == config.stage]
         if not jobs:
             raise UserError(f"stage={config.stage}: the chain has no such stage; add it to stages.")
-    scripts = write_texts(chain, jobs)
     if config.dry_run:
-        sys.stdout.write(dry_run(scripts))
+        sys.stdout.write(dry_run(write_texts(chain, jobs)))
         return 0
     known = {one.stage for one in read_submissions(chain.run_dir)} & {job.stage for job in jobs}
     if known:
@@ -65,8 +63,12 @@ def main(config: SubmitConfig) -> int:
             f"{chain.run_dir}: {', '.join(sorted(known))} was submitted before; look with `python -m slurm.status`, go "
             f"on with `python -m slurm.resubmit {chain.run_dir}`, or choose another run_dir."
         )
+    check_partitions(chain, jobs)
+    scripts = write_texts(chain, jobs)
     write_files(chain, scripts)
-    submit_all(chain.run_dir, scripts, {script.job.stage: list(script.job.tasks) for script in scripts}, {})
+    due = {script.job.stage: list(script.job.tasks) for script in scripts}
+    queue = scheduler.read_queue(one.job_id for one in read_submissions(chain.run_dir))
+    submit_all(chain.run_dir, scripts, due, tasks_at_work(read_states(chain, queue)))
     return 0
 
 
@@ -80,12 +82,21 @@ def absolute(config: ChainConfig) -> ChainConfig:
 # --- the files ----------------------------------------------------------------------------------------------------
 
 
+def check_partitions(chain: ChainConfig, jobs: Sequence[Job]) -> None:
+    """Each stage's, for the fewest nodes that it would start on."""
+    environment = read_environment(chain.env)
+    for job in jobs:
+        partition = job.config.partition or filled_in(environment.cluster.partition, str(environment.path))
+        fewest = job.config.min_nodes if isinstance(job.config, TrainingConfig) else getattr(job.config, "nodes", 1)
+        scheduler.check_partition(partition, fewest, seconds(job.config.time), f"stage {job.stage}")
+
+
 def write_texts(chain: ChainConfig, jobs: Sequence[Job]) -> list[Script]:
     """Every job's file, after all has been checked that can be without SLURM."""
     environment, place = read_environment(chain.env), Place.here()
     node_counts = check_stages(jobs, environment, place)
     return [
-        Script(job, script_path(job, chain), render(job, chain, environment, place, counts), counts[-1])
+        Script(job, script_path(job, chain), render(job, chain, environment, place, counts))
         for job, counts in zip(jobs, node_counts, strict=True)
     ]
 
@@ -106,10 +117,6 @@ def dry_run(scripts: Sequence[Script]) -> str:
 
 def write_files(chain: ChainConfig, scripts: Sequence[Script]) -> None:
     """Into the run folder, once SLURM has found nothing wrong with them."""
-    environment = read_environment(chain.env)
-    scheduler.require()
-    for script in scripts:
-        check_partition(script, environment)
     try:
         for script in scripts:
             script.path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,18 +131,7 @@ def write_files(chain: ChainConfig, scripts: Sequence[Script]) -> None:
         scheduler.check_script(script.path, f"stage {script.job.stage}")
 
 
-def check_partition(script: Script, environment: Environment) -> None:
-    """Needs as many nodes as the partition has at most."""
-    partition = script.job.config.partition or filled_in(environment.cluster.partition, str(environment.path))
-    fewest = getattr(script.job.config, "min_nodes", script.max_nodes)
-    limit_s = seconds(script.job.config.time)
-    scheduler.check_partition(partition, fewest, limit_s, f"stage {script.job.stage}")
-
-
 # --- submission ---------------------------------------------------------------------------------------------------
-
-NotDone = Mapping[str, str]
-"""Index of a task that is not done yet -> id of the job that does it."""
 
 
 def submit_all(

@@ -46,7 +46,7 @@ def scripts_of(case: str, folder: Path) -> list[Script]:
     chain = load_config(ChainConfig, chain_file, [*overrides, f"env={folder / 'env.sh'}"])
     environment = read_environment(chain.env)
     return [
-        Script(job, script_path(job, chain), render(job, chain, environment, PLACE, counts), counts[-1])
+        Script(job, script_path(job, chain), render(job, chain, environment, PLACE, counts))
         for job, counts in zip(plan_jobs(chain), node_counts, strict=True)
     ]
 
