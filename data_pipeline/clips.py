@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Shaped, UInt8
+from jaxtyping import Float, Float32, Shaped, UInt8
 from pydantic import Field
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -67,6 +67,9 @@ class ClipConfig(InputConfig):
 
 Request = tuple[int, Place | None]
 """A sample's position in all datasets, and in training its place in the global order."""
+
+MAX_TOLD = 300
+"""Characters of what is wrong with a sample: libraries quote what they have found."""
 
 BadSample = tuple[str, str]
 """Reason and sentence of a sample that cannot be used."""
@@ -145,7 +148,8 @@ class ClipDataset(Dataset[Batch]):
         try:
             self._write(clip, members, place)
         except (KeyError, ValueError, RuntimeError, VideoError) as error:
-            problem = ShardError(f"holds a member that cannot be read ({error})", "damaged_member")
+            told = " ".join(str(error).split())[:MAX_TOLD]
+            problem = ShardError(f"holds a member that cannot be read ({told})", "damaged_member")
             raise self.index.bad_sample(position, problem) from error
         return members["__key__"]
 
@@ -174,6 +178,8 @@ class ClipDataset(Dataset[Batch]):
         promised = (info.num_frames, info.fps, info.control_hz if meta.has_actions else None)
         if found != promised:
             raise ValueError(f"its num_frames, fps and control_hz are {found}, but {DATASET_YAML} says {promised}")
+        if meta.has_actions and meta.embodiment not in self.normalizers:
+            raise ValueError(f"its embodiment is {meta.embodiment}, which {DATASET_YAML} does not describe")
 
     def _write_latents(self, picture: np.ndarray, members: Mapping[str, Any], shown: Shown) -> None:
         # A causal codec's first latent frames are those of the first frames, whatever comes after them.
@@ -296,16 +302,24 @@ class MixedClips(Dataset[Batch]):
 
 def read_control(members: Mapping[str, Any], meta: SampleMeta, clock: ClipClock, robot: Embodiment) -> AlignedControl:
     """The actions and proprio of a sample on another clock, whose times count from the sample's first frame."""
-    actions = read_array(members["actions.npy"])
-    proprio = read_array(members["proprio.npy"]) if "proprio.npy" in members else None
-    is_valid = spans_mask(meta.action_spans, len(actions))
     assert meta.control_hz is not None  # of a sample with actions
+    num_rows = round((meta.num_frames - 1) * meta.control_hz / meta.fps)
+    actions = _read_rows(members, "actions.npy", (num_rows, robot.action_dim))
+    proprio = _read_rows(members, "proprio.npy", (num_rows, robot.proprio_dim)) if "proprio.npy" in members else None
+    is_valid = spans_mask(meta.action_spans, num_rows)
     if clock.fps == meta.fps:  # the rows as they are, which is what `align_control` finds out in a millisecond
         first = round(clock.start_s * meta.control_hz)
         rows = slice(first, first + (clock.num_frames - 1) * clock.actions_per_frame)
         return AlignedControl(actions[rows], None if proprio is None else proprio[rows], spans(is_valid[rows]))
     recorded = np.where(is_valid[:, None], actions, np.float32(np.nan))
     return align_control(recorded, proprio, meta.control_hz, clock, robot)
+
+
+def _read_rows(members: Mapping[str, Any], name: str, shape: tuple[int, int]) -> Float32[np.ndarray, "k d"]:
+    rows = read_array(members[name])
+    if rows.dtype != np.float32 or rows.shape != shape:
+        raise ValueError(f"{name} is {rows.dtype} {list(rows.shape)}, not float32 {list(shape)}")
+    return rows
 
 
 def _black_video(*size: int) -> UInt8[Tensor, "... 3"]:
