@@ -40,6 +40,9 @@ MAX_INSTRUCTION_LENGTH = 2000
 
 MAX_SENTENCE_LENGTH = 1000
 
+MAX_FRAMES = 2**24
+"""Of an episode: six days at 30 Hz. What is reckoned for each of them takes memory; more is a header that lies."""
+
 
 @dataclass(frozen=True)
 class FootageInfo:
@@ -169,6 +172,8 @@ class Episode:
     control_times_s: np.ndarray | None = None  # float64 [n] since the first frame, where control has its own clock
 
     def __post_init__(self) -> None:
+        if self.num_frames > MAX_FRAMES:
+            raise SourceError("too_large", self.uri, f"it has {self.num_frames} frames, the limit is {MAX_FRAMES}")
         if self.instruction is not None and len(self.instruction) > MAX_INSTRUCTION_LENGTH:
             note = f"The instruction has more than {MAX_INSTRUCTION_LENGTH} characters: the first ones are kept."
             object.__setattr__(self, "instruction", self.instruction[:MAX_INSTRUCTION_LENGTH])

@@ -288,9 +288,11 @@ def _batch_size(path: Path) -> int:
         index = index_npz(path)
         if not _is_batch(index, str(path)):
             return 1
+        size = max(array.shape[0] for array in index.arrays.values() if len(array.shape) == 5)
+        check_size(200 * size, path, "the list of its episodes")
     except SourceError:
         return 1
-    return max(array.shape[0] for array in index.arrays.values() if len(array.shape) == 5)
+    return size
 
 
 def _why_no_images(place: _Place, keys: Sequence[str]) -> str:

@@ -31,6 +31,7 @@ from configs.loader import UserError
 from data_pipeline.doctor import Report, examine
 from data_pipeline.sources import SourceError, detect_kind, files, json_records
 from data_pipeline.sources.files import bounded_memory, check_size, find_files, parse_json
+from data_pipeline.sources.npz import NpzConfig, NpzSource
 from data_pipeline.sources.tfrecord import masked_crc32c
 from tests.data_pipeline import (
     test_sources_aloha,
@@ -272,6 +273,19 @@ def test_npz_headers_are_not_believed(tmp_path: Path) -> None:
     assert told == {"a": "truncated_file", "b": "unreadable_file", "c": "unreadable_file", "d": "truncated_file"}
     assert report.num_readable == 2  # a name is only a name: nothing is unpacked to where it points
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".npz"] * 6
+
+
+@pytest.mark.parametrize("shape", [(2**40, 16, 16, 3), (2**40, 1, 16, 16, 3)])
+def test_more_frames_or_episodes_than_fit_into_memory(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """An archive's directory may say any size of what is packed in it."""
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("image.npy", member(shape, "|u1", bytes(3 * 16 * 16 * 3)))
+        archive.infolist()[0].file_size = 2**60  # written when the archive is closed
+    source = NpzSource(NpzConfig(path=tmp_path, control_hz=10))
+    (episode_id,) = source.list_episodes()
+    if len(shape) == 4:
+        with pytest.raises(SourceError, match=f"too_large: .*a.npz: it has {shape[0]} frames"):
+            source.read_episode(episode_id)
 
 
 def test_hdf5_promises_are_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
