@@ -1,10 +1,13 @@
 """How fast training data is read, beside what else there is for the same shards.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.loader [--dataset PATH] [--parts throughput bandwidth open resume memory]
+    OMP_NUM_THREADS=1 python -m benchmarks.loader [--dataset PATH] [--parts latents …]
 
-throughput  samples per second of latents, and of video decoded on the fly: ours over a plain webdataset pipeline that
-            makes the same tensors (unnormalised), in this process and with two workers
+latents     samples per second: ours over a plain webdataset pipeline that makes the same tensors (unnormalised), in
+            this process and with two workers
+video       the same of video decoded on the fly, with latents; webdataset with our decoder, and with plain PyAV
 bandwidth   bytes per second of latent samples, over the same shards read from end to end, with a cold page cache
+large       `latents` and `bandwidth` once more, of samples whose latents are as large as those of a large model
+mixing      how often two samples of a batch come from one shard, over a perfect shuffle, by what is read at a time
 open        a manifest of a million samples: seconds, and memory
 resume      from a cursor somewhere in a run to its first batch
 memory      resident memory over many batches
@@ -15,6 +18,7 @@ The dataset is the demo's (`make demo`) unless another is given. Alternatives ar
 import argparse
 import contextlib
 import functools
+import io
 import json
 import multiprocessing
 import os
@@ -26,29 +30,37 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import av
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 import webdataset
+from safetensors.torch import load
 
-from data_pipeline.dataset import MANIFEST, MANIFEST_SCHEMA
+from configs.loader import dump_config
+from data_pipeline.dataset import DATASET_YAML, MANIFEST, MANIFEST_SCHEMA, NORM_STATS, SHARDS, bucket_name
 from data_pipeline.dataset_index import DatasetIndex
 from data_pipeline.datasets import Datasets
 from data_pipeline.loader import Loader, LoaderConfig
-from data_pipeline.sample import read_array, read_tensor
-from data_pipeline.sample_order import Cursor
-from data_pipeline.video_io import decode_clip
+from data_pipeline.reading_plan import lay_out, stream_samples
+from data_pipeline.sample import array_bytes, read_array, tensor_bytes
+from data_pipeline.sample_order import Cursor, ShuffleConfig
+from data_pipeline.sample_plan import plan_samples
+from data_pipeline.shards import ShardWriter, tar_records
+from data_pipeline.video_io import ViewConfig, decode_clip
 
-from .timing import in_turn, say
+from .timing import in_turn, median_ratio, say
 
 DEMO = Path("runs/demo/dataset")
 BATCH = 32
 MILLION = 1_000_000
+PARTS = ["latents", "video", "bandwidth", "large", "mixing", "open", "resume", "memory"]
 
 
 def our_config(dataset: Path, **settings: Any) -> LoaderConfig:
-    return LoaderConfig(dataset=dataset, global_batch_size=BATCH, text_length=16, **settings)
+    return LoaderConfig(dataset=dataset, **{"global_batch_size": BATCH, "text_length": 16, **settings})
 
 
 def ours(dataset: Path, num_batches: int, **settings: Any) -> None:
@@ -61,32 +73,39 @@ def ours(dataset: Path, num_batches: int, **settings: Any) -> None:
 # --- throughput ------------------------------------------------------------------------------------------------------
 
 
-def throughput(dataset: Path, repeats: int, num_batches: int) -> None:
-    say(f"throughput: samples/s, {num_batches} batches of {BATCH}, page cache warm")
-    for reads, settings in (("latents", {}), ("video", {"reads": "both"})):
-        for num_workers in (0, 2):
-            count = num_batches if reads == "latents" else num_batches // 5
-            works: dict[str, Callable[[], object]] = {
-                "ours": functools.partial(ours, dataset, count, num_workers=num_workers, **settings),
-                "webdataset": functools.partial(plain_webdataset, dataset, count, num_workers, reads == "video"),
-            }
-            timings = in_turn(works, repeats)
-            walls = {name: statistics.median(wall for _, wall in values) for name, values in timings.items()}
-            ratio = statistics.median(
-                theirs / mine for (_, mine), (_, theirs) in zip(timings["ours"], timings["webdataset"], strict=True)
-            )
-            rates = "   ".join(f"{name} {count * BATCH / wall:7.0f}" for name, wall in walls.items())
-            say(f"  {reads:8} {num_workers} workers   {rates}   ours / webdataset {ratio:.2f}")
+def throughput(dataset: Path, reads: str, repeats: int, num_batches: int) -> None:
+    say(f"{reads}: samples/s (and per processor second), {num_batches} batches of {BATCH}, page cache warm")
+    settings = {"reads": "both"} if reads == "video" else {}
+    decoders = DECODERS if reads == "video" else {"webdataset": None}
+    for num_workers in (0, 2):
+        works: dict[str, Callable[[], object]] = {
+            "ours": functools.partial(ours, dataset, num_batches, num_workers=num_workers, **settings)
+        }
+        for name, decode in decoders.items():
+            works[name] = functools.partial(plain_webdataset, dataset, num_batches, num_workers, decode)
+        timings = in_turn(works, repeats)
+        say(f"  {num_workers} workers   ours {_rate(timings['ours'], num_batches)}")
+        for name in decoders:
+            processor, wall = (median_ratio(timings[name], timings["ours"], which) for which in (0, 1))
+            say(f"    {name:22} {_rate(timings[name], num_batches)}   ours / this {wall:.2f} ({processor:.2f})")
 
 
-def plain_webdataset(dataset: Path, num_batches: int, num_workers: int, with_video: bool) -> None:
+def _rate(timings: list[tuple[float, float]], num_batches: int) -> str:
+    cpu, wall = (statistics.median(seconds) for seconds in zip(*timings, strict=True))
+    return f"{num_batches * BATCH / wall:6.0f} ({num_batches * BATCH / cpu:.0f})"
+
+
+Decoder = Callable[[bytes], np.ndarray]
+
+
+def plain_webdataset(dataset: Path, num_batches: int, num_workers: int, decode: Decoder | None) -> None:
     """As its documentation has it: shards shuffled, a buffer of a thousand samples, batches made by the workers."""
     shards = sorted(str(path) for path in (dataset / "shards" / "train").rglob("*.tar"))
     view = next(iter(DatasetIndex(dataset).views))
     pipeline = (
         webdataset.WebDataset(shards, shardshuffle=len(shards), nodesplitter=None, workersplitter=_no_split, seed=0)
         .shuffle(1000)
-        .map(functools.partial(_tensors, view=view, with_video=with_video))
+        .map(functools.partial(_tensors, view=view, decode=decode))
         .batched(BATCH, collation_fn=_collate, partial=False)
         .repeat()
     )
@@ -100,17 +119,29 @@ def _no_split(shards: Any) -> Any:
     return shards
 
 
-def _tensors(members: dict[str, bytes], *, view: str, with_video: bool) -> dict[str, Any]:
+def _tensors(members: dict[str, bytes], *, view: str, decode: Decoder | None) -> dict[str, Any]:
     sample: dict[str, Any] = {"keys": members["__key__"], "meta": json.loads(members["meta.json"])}
-    sample["latents"] = read_tensor("latents", members[f"{view}.latents.safetensors"]).float()
+    sample["latents"] = load(members[f"{view}.latents.safetensors"])["latents"].float()
     if "actions.npy" in members:
-        sample["actions"] = torch.from_numpy(read_array(members["actions.npy"]))
-        sample["proprio"] = torch.from_numpy(read_array(members["proprio.npy"])[0])
+        sample["actions"] = torch.from_numpy(_read_array(members["actions.npy"]))
+        sample["proprio"] = torch.from_numpy(_read_array(members["proprio.npy"])[0])
     if "text.safetensors" in members:
-        sample["text_tokens"] = read_tensor("text", members["text.safetensors"]).float()
-    if with_video:
-        sample["video"] = torch.from_numpy(decode_clip(members[f"{view}.mp4"]))
+        sample["text_tokens"] = load(members["text.safetensors"])["text"].float()
+    if decode is not None:
+        sample["video"] = torch.from_numpy(decode(members[f"{view}.mp4"]))
     return sample
+
+
+def _decode_by_pyav(data: bytes) -> np.ndarray:
+    with av.open(io.BytesIO(data), "r") as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+DECODERS: dict[str, Decoder | None] = {"webdataset": decode_clip, "webdataset with PyAV": _decode_by_pyav}
+
+
+def _read_array(data: bytes) -> np.ndarray:
+    return np.lib.format.read_array(io.BytesIO(data))
 
 
 def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -163,6 +194,68 @@ def _drop_cache(shards: list[Path]) -> None:
     for path in shards:
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+# --- large samples ---------------------------------------------------------------------------------------------------
+
+
+LARGE_VIEW, LARGE_FRAMES, LARGE_SHAPE = ViewConfig(height=480, width=832), 17, (5, 16, 60, 104)
+"""A second at 480p, and its latents by Wan 2.1's codec."""
+
+
+@contextlib.contextmanager
+def large_samples(dataset: Path, num_samples: int = 640) -> Iterator[Path]:
+    """The dataset's training samples with noise of another shape as latents, and twice the actions."""
+    index = DatasetIndex(dataset)
+    view, generator = next(iter(index.views)), torch.Generator().manual_seed(0)
+    bucket = bucket_name(LARGE_VIEW, LARGE_FRAMES)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "large"
+        shutil.copytree(dataset, folder, ignore=shutil.ignore_patterns("shards", MANIFEST))
+        rows = []
+        with ShardWriter(folder, f"{SHARDS}/train/{bucket}", 256 * 2**20) as writer:
+            for i in index.indices("train")[:num_samples]:
+                latents = torch.randn(LARGE_SHAPE, generator=generator).bfloat16()
+                location = writer.add(tar_records(_enlarged(index.read_sample(i), view, latents)))
+                rows.append(index.row(i) | location.manifest_columns() | {"bucket": bucket})
+        pq.write_table(pa.Table.from_pylist(rows, MANIFEST_SCHEMA), folder / MANIFEST)
+        codec = index.info.codec.model_copy(update={"latent_channels": LARGE_SHAPE[1], "spatial_stride": 8})
+        changes = {"codec": codec, "views": {view: LARGE_VIEW}, "num_frames": LARGE_FRAMES}
+        (folder / DATASET_YAML).write_text(dump_config(index.info.model_copy(update=changes)))
+        stats = index.norm_stats | {"latents": {name: [1.0] * LARGE_SHAPE[1] for name in index.norm_stats["latents"]}}
+        (folder / NORM_STATS).write_text(json.dumps(stats))
+        yield folder
+
+
+def _enlarged(members: dict[str, Any], view: str, latents: torch.Tensor) -> dict[str, Any]:
+    meta = json.loads(members["meta.json"])
+    meta |= {"num_frames": LARGE_FRAMES, "action_spans": [[2 * n for n in span] for span in meta["action_spans"]]}
+    control = {
+        name: array_bytes(np.tile(read_array(members[name]), (2, 1)))
+        for name in ("actions.npy", "proprio.npy")
+        if name in members
+    }
+    changed = {"meta.json": json.dumps(meta).encode(), f"{view}.latents.safetensors": tensor_bytes("latents", latents)}
+    return members | control | changed
+
+
+# --- mixing ----------------------------------------------------------------------------------------------------------
+
+
+def mixing(dataset: Path) -> None:
+    say("mixing: pairs of samples in a batch that come from one shard, over those in a perfect shuffle")
+    with a_million_samples(dataset) as big:
+        datasets = Datasets.open({"": big})
+        for window_shards in (4, 16, 64):
+            for run_length in (1, 8):
+                shuffle = ShuffleConfig(window_shards=window_shards, run_length=run_length)
+                plan = plan_samples(datasets, our_config(big, shuffle=shuffle, global_batch_size=256))
+                assert plan is not None
+                found = lay_out(plan.order, stream_samples(datasets, plan), window_shards, 1, num_batches=1000).mixing
+                say(
+                    f"  {window_shards:2} shards in a window, runs of {run_length}: {found.same_shard:7.2%}, "
+                    f"perfect {found.same_shard_if_perfect:.2%}"
+                )
 
 
 # --- opening ---------------------------------------------------------------------------------------------------------
@@ -236,7 +329,7 @@ def resume(dataset: Path, repeats: int) -> None:
 
 def memory(dataset: Path, num_batches: int) -> None:
     say(f"memory: of this process, over {num_batches} batches of 1")
-    config = our_config(dataset).model_copy(update={"global_batch_size": 1})
+    config = our_config(dataset, global_batch_size=1)
     marks = {num_batches // 10 * tenth for tenth in range(1, 11)}
     for number, _ in enumerate(Loader(Datasets.open({"": dataset}), config), start=1):
         if number in marks:
@@ -248,15 +341,22 @@ def memory(dataset: Path, num_batches: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", type=Path, default=DEMO)
-    parser.add_argument("--parts", nargs="+", default=["throughput", "bandwidth", "open", "resume", "memory"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--batches", type=int, default=150, help="per timing of throughput")
+    parser.add_argument("--batches", type=int, default=150, help="per timing of latents; a fifth of others")
     parser.add_argument("--memory-batches", type=int, default=100_000)
     options = parser.parse_args()
-    if "throughput" in options.parts:
-        throughput(options.dataset, options.repeats, options.batches)
+    for reads, num_batches in (("latents", options.batches), ("video", options.batches // 5)):
+        if reads in options.parts:
+            throughput(options.dataset, reads, options.repeats, num_batches)
     if "bandwidth" in options.parts:
         bandwidth(options.dataset, options.repeats)
+    if "large" in options.parts:
+        with large_samples(options.dataset) as large:
+            throughput(large, "latents", options.repeats, options.batches // 5)
+            bandwidth(large, options.repeats)
+    if "mixing" in options.parts:
+        mixing(options.dataset)
     if "open" in options.parts:
         opening(options.dataset, options.repeats)
     if "resume" in options.parts:
