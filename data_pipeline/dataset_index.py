@@ -114,7 +114,7 @@ class DatasetIndex(DatasetFolder):
         if pc.any(is_twice).as_py():
             key = in_order[pc.index(is_twice, True).as_py()]
             rows = pc.sum(pc.equal(keys, key)).as_py()
-            raise self._not_as_written(f"{rows} of its rows have the key {key}")
+            raise self._not_as_written(f"{rows} of its rows have the key {str(key)!r}")
 
     def _check_folders(self, bucket: str) -> None:
         splits, split_of = self.column("split")

@@ -24,6 +24,9 @@ NormalizationMode = Literal["quantile", "mean_std", "min_max", "none"]
 MAX_ROWS = 2**18
 """Rows kept for quantiles. Up to so many, quantiles are exact; beyond, they come from an even subset."""
 
+_LARGEST = 1e30
+"""Of a number, for float32 to hold what is computed with it."""
+
 _CONSTANT = 1e-5
 """A range below this (relative to the values) is rounding noise of a dimension that never moved."""
 
@@ -48,6 +51,14 @@ class VectorStats(StrictConfig):
         dims = {name: len(values) for name, values in self if isinstance(values, tuple)}
         if len(set(dims.values())) > 1:
             raise ValueError(f"the statistics have different numbers of dimensions: {dims}")
+        return self
+
+    @model_validator(mode="after")
+    def _can_be(self) -> Self:
+        """Else training divides by zero, or by what no float32 holds."""
+        for i, (std, low, high) in enumerate(zip(self.std, self.min, self.max, strict=True)):
+            if not low <= high or not (std > 0 or low == high) or max(abs(low), abs(high), std) > _LARGEST:
+                raise ValueError(f"dimension {i} cannot have a std of {std:g} between {low:g} and {high:g}")
         return self
 
 

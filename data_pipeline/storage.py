@@ -49,10 +49,12 @@ class StorageConfig(StrictConfig):
         Path("~/.cache/foresight"),
         description="Folder on a disk of this machine; all processes and runs on it share what is there.",
     )
-    cache_gb: PositiveFloat = Field(50, description="Kept at most; what was used longest ago goes first.")
-    block_mb: PositiveFloat = Field(8, description="What is asked for at once, so that neighbours cost one request.")
-    retries: NonNegativeInt = Field(6, description="Of a request that failed, with growing pauses between.")
-    timeout_s: PositiveFloat = Field(60, description="After which a request counts as failed.")
+    cache_gb: PositiveFloat = Field(50, le=10**7, description="Kept at most; what was used longest ago goes first.")
+    block_mb: PositiveFloat = Field(
+        8, le=2**14, description="What is asked for at once, so that neighbours cost one request."
+    )
+    retries: NonNegativeInt = Field(6, le=1000, description="Of a request that failed, with growing pauses between.")
+    timeout_s: PositiveFloat = Field(60, le=10**6, description="After which a request counts as failed.")
 
     @property
     def block_size(self) -> int:

@@ -59,6 +59,7 @@ def refused(call, *args, **kwargs):
         *(f"{name}={10**12}" for name in ("announced_batches", "text_length", "shuffle.run_length")),
         f"mixture.weights={{a: {{{10**400}: 1}}}}",
         "augment.view_weights={front: 1e308, side: 1e308}",
+        *(f"storage.{name}={10**12}" for name in ("cache_gb", "block_mb", "retries", "timeout_s")),
         "mixture.weights={a: 5e-324}",
         f"seed={2**63}",
         "augment.speed=[1e-300, 1]",
@@ -173,8 +174,8 @@ def change_rows(dataset, change):
 
 
 ROWS = {
-    "a row that is there twice": (lambda rows: rows.append(rows[3]), r"2 of its rows have the key key"),
-    "one key twice": (lambda rows: rows[0].update(key=rows[1]["key"]), "2 of its rows have the key key"),
+    "a row that is there twice": (lambda rows: rows.append(rows[3]), "2 of its rows have the key 'key"),
+    "one key twice": (lambda rows: rows[0].update(key=rows[1]["key"]), "2 of its rows have the key 'key"),
     "an unknown split": (
         lambda rows: [row.update(split="tarin") for row in rows[:3]],
         "3 of its rows have the split 'tarin', but there can be train and validation; restore",
@@ -217,12 +218,23 @@ def test_text_that_is_none(dataset):
     assert "manifest.parquet: is missing or damaged (" in refused(loader, dataset)
 
 
-def test_statistics_of_no_rows(dataset):
+@pytest.mark.parametrize(
+    ("what", "value", "message"),
+    [
+        ("count", 0, "arm.proprio.count: Input should be greater than 0"),
+        ("std", [1.0, 0.0], "dimension 1 cannot have a std of 0 between"),
+        ("std", [1.0, -1.0], "dimension 1 cannot have a std of -1 between"),
+        ("max", [1e39, 1.0], "between 0 and 1e+39"),
+        ("max", [-7.0, 1.0], "between 0 and -7"),
+    ],
+)
+def test_statistics_that_cannot_be(dataset, what, value, message):
     path = dataset / "norm_stats.json"
     stats = json.loads(path.read_text())
-    stats["embodiments"]["arm"]["proprio"]["count"] = 0
+    stats["embodiments"]["arm"]["proprio"][what] = value
     path.write_text(json.dumps(stats))
-    assert "norm_stats.json: embodiments.arm.proprio.count: Input should be greater than 0" in refused(loader, dataset)
+    sentence = refused(loader, dataset)
+    assert "norm_stats.json: embodiments.arm.proprio" in sentence and message in sentence
 
 
 def test_one_dataset_under_two_names(dataset, sound):
