@@ -27,7 +27,7 @@ def pretrain_stage(config: Path, **settings: Any) -> dict[str, Any]:
 def test_a_training_to_which_everything_happens_is_the_one_that_was_left_alone(
     cluster: Any, dataset: Path, tmp_path: Path
 ):
-    config = tiny.write_training(tmp_path, dataset)
+    config = tiny.write_training(tmp_path, dataset, engine=tiny.DEEPSPEED)
     chain = tiny.write_chain(cluster, tmp_path, pretrain=pretrain_stage(config, nodes={"min": 1, "max": 2}))
     task = tiny.pretraining(cluster, chain, tiny.submit(cluster, chain)["pretrain"])
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -17,13 +17,15 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 tiny = SimpleNamespace(**runpy.run_path(str(REPOSITORY / "tests/data_pipeline/tiny_dataset.py")))
 
 NUM_STEPS, BATCH = 400, 4
+DEEPSPEED = {"kind": "deepspeed", "zero_stage": 1, "device": "cpu", "precision": "fp32"}
+ACCELERATE = {"kind": "accelerate", "device": "cpu", "precision": "fp32"}  # starts sooner
 TRAINING = {
     "num_steps": NUM_STEPS,
     "checkpoint_every": 25,
     "validate_every": NUM_STEPS,
     "validation_batches": 1,
     "log_every": 1,
-    "engine": {"kind": "deepspeed", "zero_stage": 1, "device": "cpu", "precision": "fp32"},
+    "engine": ACCELERATE,
     "model": {
         "prediction": "data",
         "video": {
