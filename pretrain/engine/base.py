@@ -77,11 +77,12 @@ class EngineConfig(StrictConfig):
         return where
 
     @model_validator(mode="after")
-    def _zero_3_is_not_compiled(self) -> Self:
-        if self.compile and self.kind == "deepspeed" and self.zero_stage == 3:
+    def _zero_3_is_compiled_with_checkpointing(self) -> Self:
+        is_sharded = self.kind == "deepspeed" and self.zero_stage == 3
+        if self.compile and is_sharded and self.activation_checkpointing == "none":
             raise ValueError(
-                "compile does not go with zero_stage 3, which gathers each layer's weights inside of what would be "
-                "compiled; choose zero_stage 2, or kind accelerate with sharding fsdp2"
+                "compile goes with zero_stage 3 only where activation_checkpointing is selective or full: else copies "
+                "of weights, which zero_stage 3 is there to let go of, may be kept for the backward pass"
             )
         return self
 

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..draws import SampleDraws
+from ..models.execution import blocks_of
 from ..world_models.base import LossTerms
 from .base import Engine, EngineConfig, StepReport
 from .optimizer import OptimizerConfig, build_optimizer, set_learning_rate
@@ -38,6 +39,9 @@ class DeepSpeedEngine(Engine):
         self.deepspeed_config = deepspeed_config(config, optimizer_config, self.precision)
         deepspeed = _import_deepspeed(self.ranks)
         self._linear = torch.nn.functional.linear  # which ZeRO-3 replaces, in the whole process
+        if config.compile:  # hooks of layers cannot run inside of what is compiled: a block's weights come as a whole
+            for block in blocks_of(module):
+                deepspeed.utils.set_z3_leaf_module(block, True)
         if self.is_empty:
             self._make_room(deepspeed)
         self._deepspeed, *_ = deepspeed.initialize(
@@ -194,8 +198,9 @@ def deepspeed_config(config: EngineConfig, optimizer: OptimizerConfig, precision
             "reduce_bucket_size": REDUCE_BUCKET,
             "offload_optimizer": {"device": config.offload_optimizer},
             "offload_param": {"device": config.offload_weights},
-            # ZeRO-3's own linear layer adds the bias in place, to the very product that selective checkpointing keeps.
-            "memory_efficient_linear": config.activation_checkpointing != "selective",
+            # ZeRO-3's own linear layer adds the bias in place, to the very product that selective checkpointing keeps,
+            # and gathers what a compiled block has gathered already.
+            "memory_efficient_linear": config.activation_checkpointing != "selective" and not config.compile,
         },
         # torch's fused AdamW is an optimizer like any other, on a CPU too.
         "zero_allow_untested_optimizer": True,

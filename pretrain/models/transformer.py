@@ -236,7 +236,7 @@ def run_experts(
     group_sizes = [(len(group.block_index), group.modulation.shape[1]) for group in groups]
     exchange = HeadExchange(groups[0].sequence, group_sizes, groups[0].tokens.device)
     streams = merged(groups)
-    tokens = tuple(stream.tokens for stream in streams)
+    tokens = [stream.tokens for stream in streams]
     present = KeyValueCache(headers=headers if keep else [])
     for layer in range(len(experts[groups[0].expert])):
         blocks = [cast(ExpertBlock, experts[stream.expert][layer]) for stream in streams]
@@ -244,7 +244,7 @@ def run_experts(
         run = partial(blocks[0].execution.run_layer, run)
         for block in dict.fromkeys(blocks):
             run = partial(block, layer=run)
-        tokens, key, value = run(*tokens)
+        *tokens, key, value = run(*tokens)
         if keep:
             present.layers.append((key, value))
     return _unmerged(tokens, groups), present
@@ -292,7 +292,7 @@ def _layer(
     exchange: HeadExchange,
     past: tuple[Tensor, Tensor] | None,
     *tokens: Float[Tensor, "b n d"],
-) -> tuple[tuple[Float[Tensor, "b n d"], ...], Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """One layer of all streams; returns their tokens, and the layer's own keys and values."""
     rows = [block.modulations(stream.modulation) for block, stream in zip(blocks, streams, strict=True)]
     inputs = [
@@ -307,4 +307,4 @@ def _layer(
         block.after_attention(x, part, text[stream.expert], row)
         for block, x, part, row, stream in zip(blocks, tokens, parts, rows, streams, strict=True)
     )
-    return after, key, value
+    return *after, key, value

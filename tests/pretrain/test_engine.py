@@ -146,6 +146,7 @@ def test_sequences_split_over_ranks_give_the_step_of_one_process(world_size: int
     splits = [size for size in (1, 2, 4) if size <= world_size]
     engines = ("zero1", "zero2", "zero3", "ddp", "fsdp2")
     others = {"joint", "joint_fsdp2", "full", "selective", "selective_zero3", "bf16"}
+    others |= {"compiled_zero3"} if world_size == 2 else set()
     assert seen.keys() == {f"{name}/{size}" for name in engines for size in splits} | others
     bf16 = seen.pop("bf16")
     assert 1e-4 < bf16["loss"] < 0.1 and bf16["weights"] < 0.01  # autocast was on, and changed little

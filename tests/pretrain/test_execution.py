@@ -175,6 +175,7 @@ def test_an_attention_kernel_is_chosen_by_what_runs_it(monkeypatch: pytest.Monke
     assert _gpu_attention("fp32", (9, 0)) == "efficient"
 
 
-def test_zero_3_is_not_compiled():
-    with pytest.raises(ValueError, match="compile does not go with zero_stage 3"):
+def test_zero_3_is_compiled_only_where_activations_are_computed_again():
+    with pytest.raises(ValueError, match="compile goes with zero_stage 3 only where activation_checkpointing is"):
         EngineConfig(compile=True, zero_stage=3)
+    assert EngineConfig(compile=True, zero_stage=3, activation_checkpointing="full").compile
