@@ -81,10 +81,13 @@ requeue() { # which ends this script: SLURM sends TERM, and gives it some second
         say "SLURM has ended the job; whether it goes on is not for the job to say"
         return
     fi
-    scontrol requeue "$JOB" || say "SLURM does not requeue this job; submit it again with slurm.resubmit"
+    scontrol requeue "$JOB" || { say "SLURM does not requeue this job; submit it again with slurm.resubmit"; return; }
     if [ -n "$1" ]; then
         exclude=$(job_says ExcNodeList)
         exclude=${exclude#"(null)"}
         scontrol update JobId="$JOB" ExcNodeList="${exclude:+$exclude,}$1"
     fi
+    # SLURM would let it wait for two minutes, lest a node take it for the job that it has just ended. Nodes tell the two
+    # by the time, and their clocks differ by less than this.
+    scontrol update JobId="$JOB" StartTime=now+10
 }

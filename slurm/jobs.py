@@ -67,6 +67,7 @@ class TaskState:
     task: Task
     submission: Submission | None  # the last one that has it
     queued: QueuedTask | None
+    is_queue_known: bool
     attempts: list[Attempt]
 
     @property
@@ -81,28 +82,31 @@ class TaskState:
 
     @property
     def word(self) -> str:
-        """done, running, waiting, failed, stopped, lost, cancelled or not submitted."""
+        """done, running, waiting, failed, stopped, lost, cancelled, not submitted or not known."""
         if self.queued is not None:
             return "waiting" if self.queued.state == "PENDING" else "running"
         if self.is_done:
             return "done"
         if self.submission is None:
             return "not submitted"
+        if not self.is_queue_known:
+            return "not known"
         of_this_job = [one for one in self.attempts if one.job_id.split("_")[0] == self.submission.job_id]
         verdict = of_this_job[-1].verdict if of_this_job else "requeue"  # and yet it is not in the queue
         return {"failed": "failed", "stop": "stopped", "requeue": "cancelled"}.get(verdict or "", "lost")
 
 
-def read_states(chain: ChainConfig, queue: dict[tuple[str, str], QueuedTask]) -> list[TaskState]:
-    """Every task of a chain, in the order of its stages."""
+def read_states(chain: ChainConfig, queue: Mapping[tuple[str, str], QueuedTask] | None) -> list[TaskState]:
+    """Every task of a chain, in the order of its stages. `queue` is None where it cannot be asked."""
     submissions = read_submissions(chain.run_dir)
     states = []
     for job in plan_jobs(chain):
         of_stage = [one for one in submissions if one.stage == job.stage]
         for index, task in job.tasks.items():
             submission = next((one for one in reversed(of_stage) if index in one.tasks), None)
-            queued = queue.get((submission.job_id, index)) if submission else None
-            states.append(TaskState(job, index, task, submission, queued, read_attempts(task.folder)))
+            queued = queue.get((submission.job_id, index)) if queue and submission else None
+            attempts = read_attempts(task.folder)
+            states.append(TaskState(job, index, task, submission, queued, queue is not None, attempts))
     return states
 
 

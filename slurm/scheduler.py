@@ -70,7 +70,8 @@ def check_partition(partition: str, num_nodes: int, time_s: int, where: str) -> 
     names = [name for name in partition.split(",") if name] or default
     for name in names:
         if name not in partitions:
-            raise UserError(f"{where}: this cluster has no partition {name}{suggest(name, sorted(partitions))}.")
+            hint = suggest(name, sorted(partitions))
+            raise UserError(f"{where}: this cluster has no partition {name}{hint}{'' if hint.endswith('?') else '.'}")
     if not names:
         return
     largest = max((partitions[name] for name in names), key=lambda one: one.nodes)
@@ -147,7 +148,7 @@ def _call(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def _reason(text: str) -> str:
-    """What a command of SLURM's said, without its own name and its estimates."""
+    """What a command of SLURM's said last, without its own name, its estimates and its hints."""
     said = [re.sub(r"^\w+: (?:error|fatal): ", "", line) for line in text.splitlines() if " " in line]
-    told = [line for line in said if not re.match(r"\w+: Job \d+ to start", line)]
+    told = [line for line in said if not re.match(r"\w+: Job \d+ to start|Try ", line)]
     return (told or ["no reason given"])[-1].rstrip(".")

@@ -32,7 +32,7 @@ class StatusConfig(StrictConfig):
 
 def main(config: StatusConfig) -> int:
     chain = read_chain(config.run_dir)
-    queue = {}
+    queue = None
     try:
         queue = scheduler.read_queue(one.job_id for one in read_submissions(chain.run_dir))
     except UserError as error:  # the files alone tell most of it
@@ -122,7 +122,8 @@ def progress(run_dir: Path) -> str:
     for name, row in (("loss", train), ("held-out loss", held_out)):
         if row is not None and isinstance(row.get("loss"), float):
             parts.append(f"{name} {row['loss']:.4f}")
-    left_s = (num_steps - train["step"]) * train.get("step_s", 0.0) if num_steps else 0
+    step_s = train.get("step_s")
+    left_s = (num_steps - train["step"]) * step_s if num_steps and isinstance(step_s, float) else 0
     if left_s > 0:
         parts.append(f"{left_s / 3600:.1f} h to go" if left_s > 5400 else f"{left_s / 60:.0f} min to go")
     return ", ".join(parts)

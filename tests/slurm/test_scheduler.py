@@ -41,6 +41,10 @@ def test_what_a_partition_has_not_is_told(sinfo: None, partition: str, num_nodes
         ("sbatch: error: invalid partition specified: x\nallocation failure: Invalid partition\n", "Invalid partition"),
         ("sbatch: Job 7 to start at 2026-11-30T14:18:00 using 1 processors\n", "no reason given"),
         ("scancel: error: Kill job error on job id 5: Access/permission denied\n", "Access/permission denied"),
+        (
+            "sbatch: unrecognized option '--x'\nTry \"sbatch --help\" for more information\n",
+            "unrecognized option '--x'",
+        ),
         ("", "no reason given"),
     ],
 )

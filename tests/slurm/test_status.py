@@ -1,0 +1,108 @@
+"""What `slurm.status` says, of every state that a task can be in and of files that a kill has cut short."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slurm.attempt_files import append_row
+from slurm.chain import ChainConfig
+from slurm.jobs import Submission, read_states, write_submissions
+from slurm.scheduler import QueuedTask
+from slurm.status import last_rows, outcome, progress, report
+
+STAGE = {"config": "c.yaml", "time": "60"}
+RUNNING = QueuedTask("RUNNING", "None", "1:00:00", "n[1-2]")
+WAITING = QueuedTask("PENDING", "Resources", "1:00:00", "")
+
+
+def chain_in(folder: Path) -> ChainConfig:
+    presets = [{"name": name} for name in ("at_work", "waits", "fails", "stops", "is_lost", "never_began", "is_over")]
+    chain = ChainConfig(
+        run_dir=folder, stages={"data": {**STAGE, "parts": 3}, "finetune": {**STAGE, "presets": presets}}
+    )
+    parts = {str(index): f"part_{index}" for index in range(3)}
+    names = {str(index): preset["name"] for index, preset in enumerate(presets)}
+    write_submissions(folder, [Submission("data", "7", parts, [], ""), Submission("finetune", "8", names, ["7"], "")])
+    for index in range(2):
+        attempt(folder, f"data/part_{index}", f"7_{index}", "done")
+    ends = {"at_work": None, "fails": "failed", "stops": "stop", "is_lost": None, "is_over": "requeue"}
+    for index, name in names.items():
+        if name in ends:
+            attempt(folder, f"finetune/{name}", f"8_{index}", ends[name], f"why {name}.")
+    return chain
+
+
+def attempt(folder: Path, task: str, job_id: str, verdict: str | None, reason: str = "") -> None:
+    ledger = folder / "slurm" / task / "attempts.jsonl"
+    ledger.parent.mkdir(parents=True)
+    append_row(ledger, {"event": "begin", "attempt": 1, "job_id": job_id, "nodes": ["n1"], "max_failures": 3})
+    if verdict is not None:
+        append_row(ledger, {"event": "end", "attempt": 1, "verdict": verdict, "reason": reason})
+
+
+def test_every_state_has_its_word_and_says_what_to_do(tmp_path: Path):
+    chain = chain_in(tmp_path)
+    queue = {("7", "2"): RUNNING, ("8", "0"): RUNNING, ("8", "1"): WAITING}
+    said = "\n".join(report(tmp_path, read_states(chain, queue)))
+    for line in (
+        "data      2 done, 1 running of 3 parts",
+        "finetune  at_work running  job 8_0  on n[1-2], 1:00:00 left  attempt 1",
+        "finetune  waits waiting  job 8_1  for Resources",
+        "finetune  fails failed  job 8_2  attempt 1",
+        "why fails.",
+        "finetune  stops stopped  job 8_3  attempt 1",
+        "finetune  is_lost lost  job 8_4  attempt 1",
+        "finetune  never_began cancelled  job 8_5",
+        f"see {tmp_path}/slurm/finetune/batch_5.log",
+        "finetune  is_over cancelled  job 8_6  attempt 1",
+        f"to go on after a fix: python -m slurm.resubmit {tmp_path}",
+    ):
+        assert line in said, said
+
+
+def test_without_the_queue_nothing_is_called_over(tmp_path: Path):
+    states = read_states(chain_in(tmp_path), None)
+    words = {state.task.name: state.word for state in states}
+    assert words["at_work"] == words["waits"] == words["never_began"] == "not known"
+    assert words["part_0"] == "done"
+    assert "resubmit" not in "\n".join(report(tmp_path, states))
+
+
+# --- what a training and an evaluation leave ----------------------------------------------------------------------
+
+
+def test_progress_is_read_off_the_last_whole_rows(tmp_path: Path):
+    rows = [{"step": step, "split": "train", "loss": 1 / step, "step_s": 2.0} for step in range(1, 3000)]
+    rows.insert(2000, {"step": 2000, "split": "validation", "loss": 0.25})
+    text = "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 3000, "spl'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    (tmp_path / "config.yaml").write_text("num_steps: 4799\n")
+    assert progress(tmp_path) == "step 2999 of 4799, loss 0.0003, 60 min to go"
+    rows.append(rows.pop(2000))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert progress(tmp_path) == "step 2999 of 4799, loss 0.0003, held-out loss 0.2500, 60 min to go"
+    assert len(last_rows(tmp_path / "metrics.jsonl")) < 2999
+
+
+@pytest.mark.parametrize("row", ["null", "[]", "{}", '{"step": "1"}', '{"step": 1, "split": "train", "step_s": null}'])
+def test_odd_rows_are_no_harm(tmp_path: Path, row: str):
+    (tmp_path / "metrics.jsonl").write_text(row + "\n")
+    (tmp_path / "config.yaml").write_text("num_steps: [\n")
+    assert progress(tmp_path) in ("", "step 1")
+
+
+@pytest.mark.parametrize(
+    ("results", "said"),
+    [
+        ({"pooled": {"policy": {"rate": 0.85, "interval": [0.7, 0.94]}}}, "success 85% (70% to 94%)"),
+        ({"action_error": {"policy": {"l1_normalised": 0.1234}}}, "action error 0.1234 (L1, normalised)"),
+        ({"pooled": {"expert": {"rate": 1.0, "interval": [0.9, 1.0]}}}, "see "),
+        ([], "see "),
+    ],
+)
+def test_an_evaluation_is_told_in_a_few_words(tmp_path: Path, results: Any, said: str):
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    assert outcome(tmp_path / "results.json").startswith(said)
+    assert outcome(tmp_path / "nothing.json") == ""
