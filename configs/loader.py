@@ -67,6 +67,8 @@ class StrictConfig(BaseModel):
         """No shell expands the `~` of a YAML value or of `key=~/data`."""
         if isinstance(value, dict):
             return {key: cls._expand_home(inner) for key, inner in value.items()}
+        if isinstance(value, Path) and str(value).isspace():
+            raise ValueError("should be a path, not blank")
         return value.expanduser() if isinstance(value, Path) else value
 
 

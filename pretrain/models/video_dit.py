@@ -10,13 +10,13 @@ Source of the numerics: diffusers `transformer_wan.py` (Apache-2.0) and the Wan 
 from __future__ import annotations
 
 import math
-from typing import Literal, cast
+from typing import Annotated, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from torch import Tensor, nn
 
 from configs.loader import StrictConfig
@@ -30,20 +30,24 @@ TIMESTEPS_PER_FLOW_TIME = 1000.0
 """Wan's networks take timesteps in [0, 1000]; flow time is in [0, 1] everywhere else."""
 
 
+Size = Annotated[int, Field(ge=1, le=2**16)]
+"""Far above any that was trained; what is larger is a slip of the keyboard, and more than PyTorch can count."""
+
+
 class VideoDiTConfig(StrictConfig):
     """Sizes of the video expert; the names are those of a diffusers `config.json`."""
 
-    patch_size: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(
-        (1, 2, 2), description="latent frames, rows and columns per token"
+    patch_size: tuple[Size, Size, Size] = Field((1, 2, 2), description="latent frames, rows and columns per token")
+    num_attention_heads: int = Field(12, ge=1, le=1024, description="attention heads, the same in every expert")
+    attention_head_dim: int = Field(
+        128, ge=6, le=1024, multiple_of=2, description="channels per head; the same in every expert"
     )
-    num_attention_heads: int = Field(12, ge=1, description="attention heads, the same in every expert")
-    attention_head_dim: int = Field(128, ge=6, multiple_of=2, description="channels per head; the same in every expert")
-    in_channels: int = Field(16, ge=1, description="channels of the latents that go in")
-    out_channels: int = Field(16, ge=1, description="channels of the prediction")
-    text_dim: int = Field(4096, ge=1, description="width of the text encoder's rows")
-    freq_dim: int = Field(256, ge=2, multiple_of=2, description="sinusoids of the timestep embedding")
-    ffn_dim: int = Field(8960, ge=1, description="inner width of the feed-forward")
-    num_layers: int = Field(30, ge=1, description="blocks, the same number in every expert")
+    in_channels: Size = Field(16, description="channels of the latents that go in")
+    out_channels: Size = Field(16, description="channels of the prediction")
+    text_dim: Size = Field(4096, description="width of the text encoder's rows")
+    freq_dim: Size = Field(256, ge=2, multiple_of=2, description="sinusoids of the timestep embedding")
+    ffn_dim: Size = Field(8960, description="inner width of the feed-forward")
+    num_layers: int = Field(30, ge=1, le=1024, description="blocks, the same number in every expert")
     cross_attn_norm: bool = Field(True, description="LayerNorm before the text cross-attention")
     qk_norm: Literal["rms_norm_across_heads"] = Field("rms_norm_across_heads", description="Wan's query-key norm")
     eps: float = Field(1e-6, gt=0, description="epsilon of the norms")

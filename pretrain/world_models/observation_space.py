@@ -28,7 +28,7 @@ from ..flow_matching import FlowTimeConfig, Prediction
 from ..models.execution import Checkpointing
 from ..models.token_groups import Rule, TokenGroup, Visibility
 from ..models.transformer import KeyValueCache, run_experts
-from ..models.video_dit import VIDEO_EXPERT, TwoLayers, VideoDiT, VideoDiTConfig
+from ..models.video_dit import VIDEO_EXPERT, Size, TwoLayers, VideoDiT, VideoDiTConfig
 from .base import Batch, LossTerms
 
 if TYPE_CHECKING:
@@ -64,8 +64,8 @@ class ObservationSpaceConfig(StrictConfig):
     flow_time: FlowTimeConfig = FlowTimeConfig()
     action_dropout: float = Field(0.0, ge=0, le=1, description="share of clips trained as if they had no actions")
     text_dropout: float = Field(0.0, ge=0, le=1, description="share of clips trained with an empty instruction")
-    action_dim: int | None = Field(None, ge=1, description="numbers per action; null: the dataset's")
-    actions_per_latent: int | None = Field(None, ge=1, description="actions per latent frame; null: the dataset's")
+    action_dim: Size | None = Field(None, description="numbers per action; null: the dataset's")
+    actions_per_latent: Size | None = Field(None, description="actions per latent frame; null: the dataset's")
     residual_std: float | None = Field(None, gt=0, description="scale of the residual; null: measured on the dataset")
 
     @model_validator(mode="after")

@@ -277,6 +277,11 @@ def test_text_and_paths_are_taken_literally():
 def test_an_empty_path_is_refused():
     """An unset shell variable must not mean the current folder."""
     assert "dataset= is empty; give a path" in problem(None, "dataset=")
+
+
+def test_a_blank_path_is_refused():
+    """It would be a folder that nobody sees."""
+    assert "dataset is ' ', but should be a path, not blank." in problem(None, "dataset= ")
     assert load_config(RunConfig, None, ["dataset=d", "instruction="]).instruction == ""
 
 

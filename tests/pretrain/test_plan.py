@@ -344,6 +344,7 @@ def test_tables_and_json(capsys):
         (["engine.sequence_parallel=5", "num_gpus=10"], r"sequence_parallel=5 does not divide the 12 attention heads"),
         (["engine.sequence_parallel=4", "num_gpus=6"], r"sequence_parallel=4 does not divide the 6 rank"),
         (["num_gpus=48"], r"global_batch_size=256 .* 48 rank.*choose a multiple of 48"),
+        (["loader.latent_cells_per_batch=1000000000000000000"], r"_per_batch=10+ makes batches of .*1048576"),
         (["engine.grad_accum_steps=3"], r"global_batch_size=256 .*grad_accum_steps=3; choose a multiple of 24"),
         (["latent_shape=[5,48,16,20]"], r"has 48 channels, but model\.video\.out_channels=16"),
         (["latent_shape=[5,16,31,40]"], r"patch_size=\[1, 2, 2\] does not divide latent_shape=\[5, 16, 31, 40\]"),
@@ -360,3 +361,11 @@ def test_what_cannot_be_is_refused(overrides, complaint):
     shape = [] if any("dataset" in one or "latent_shape" in one for one in overrides) else [SHORT]
     with pytest.raises(UserError, match=complaint):
         lay_out(planned("wan_1_3b", *shape, *overrides))
+
+
+@pytest.mark.parametrize(
+    "name", ["video.num_layers", "video.num_attention_heads", "video.in_channels", "video.ffn_dim", "action_dim"]
+)
+def test_sizes_that_no_machine_could_count_are_refused(name):
+    with pytest.raises(UserError, match=rf"model\.{name} is 10+, but should be less than or equal to"):
+        planned("wan_1_3b", f"model.{name}=1000000000000000000")
