@@ -75,7 +75,17 @@ class WeightFiles:
             return file.get_tensor(stored_name)
 
     def part(self, name: str, start: int, num: int) -> Float[Tensor, "num"]:
-        """Only the rows that it lies in are read."""
+        """Only the rows that it lies in are read. What is not finite is refused: nothing good can come of it."""
+        values = self._part(name, start, num)
+        bad = int((~values.float().isfinite()).sum())
+        if bad:
+            raise UserError(
+                f"{self.folder}: {bad} of the numbers of {name} are not finite (NaN or infinity); copy the folder "
+                "again, or give that of another checkpoint."
+            )
+        return values
+
+    def _part(self, name: str, start: int, num: int) -> Float[Tensor, "num"]:
         shape = self.shapes[name]
         if not shape:
             return self.read(name).view(1)[start : start + num]

@@ -217,6 +217,13 @@ def test_what_does_not_fit_is_told_in_one_sentence_and_changes_nothing(mistake: 
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(value: float, wan_folder: Path) -> None:
+    rewrite(wan_folder, lambda weights: weights["proj_out.bias"][3:5].fill_(value))
+    with pytest.raises(UserError, match=r"2 of the numbers of proj_out\.bias are not finite .* another checkpoint"):
+        load_wan(ours(), wan_folder)
+
+
 @pytest.mark.parametrize(
     ("shard", "message"), [("../secret.safetensors", "no safetensors file beside it"), ("a.safetensors", "is missing")]
 )
