@@ -17,6 +17,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -49,6 +50,7 @@ from .weights import differences, write_shards
 CHECKPOINTS = "checkpoints"
 STATE, CHECKSUMS, COMPLETE = "state.json", "checksums.json", "COMPLETE"
 TEMPORARY, DAMAGED = ".tmp-", "damaged_"
+_STEP = re.compile(r"step_[0-9]{8,}")
 EXPORT_STEM, EXPORT_SHARD_BYTES = "model", 10 * 10**9
 
 logger = logging.getLogger(__name__)
@@ -61,8 +63,9 @@ REFUSALS = (OSError, SafetensorError, UserError)  # what a disk or a damaged fil
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first; what a kill left half-written is not one."""
-    return sorted(path for path in folder.glob("step_*") if (path / COMPLETE).is_file())
+    """Complete checkpoints, oldest first; neither what a kill left half-written is one, nor a copy of another name."""
+    steps = [path for path in folder.glob("step_*") if _STEP.fullmatch(path.name) and (path / COMPLETE).is_file()]
+    return sorted(steps, key=_step_of)
 
 
 def verify_checkpoint(path: Path, rank: int = 0, world_size: int = 1) -> None:

@@ -11,6 +11,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self, TypeVar
 
 from configs.loader import StrictConfig, UserError, dump_config, load_config
+from data_pipeline.dataset import DATASET_YAML
 
 EXIT_DONE, EXIT_STOPPED = 0, 75  # 75 (EX_TEMPFAIL): stopped cleanly on a signal, start me again
 CONFIG_FILE, LOCK_FILE = "config.yaml", ".lock"
@@ -33,9 +34,11 @@ def resume_config(run_dir: Path, config: ConfigT, may_change: Collection[str]) -
     path = run_dir / CONFIG_FILE
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"run_dir {run_dir} is a file; choose another run_dir.")
+    if (run_dir / DATASET_YAML).exists():
+        raise UserError(f"run_dir {run_dir} is a dataset or an export ({DATASET_YAML}); choose another run_dir.")
     if not path.exists():
         return config
-    stored = dict(_leaves(load_config(type(config), path).model_dump(mode="json", by_alias=True)))
+    stored = dict(_leaves(_stored_config(type(config), path).model_dump(mode="json", by_alias=True)))
     here = dict(_leaves(config.model_dump(mode="json", by_alias=True)))
     different = {key for key in stored.keys() | here.keys() if stored.get(key) != here.get(key)}
     settled = {key for key in different if here.get(key) == AUTO}
@@ -47,6 +50,16 @@ def resume_config(run_dir: Path, config: ConfigT, may_change: Collection[str]) -
             f"{key}={before} to go on, or choose another run_dir."
         )
     return _with_leaves(config, {key: stored[key] for key in settled})
+
+
+def _stored_config(config_class: type[ConfigT], path: Path) -> ConfigT:
+    try:
+        return load_config(config_class, path)
+    except UserError as error:
+        raise UserError(
+            f"{error} The run there was started by another version or command, or the file was edited; go on with that "
+            "version, mend the file, or choose another run_dir."
+        ) from None
 
 
 def show_value(value: Any) -> str:

@@ -259,6 +259,14 @@ def test_what_a_kill_left_is_ignored_and_cleaned_up(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".tmp-*"))
 
 
+def test_a_copy_under_another_name_is_neither_used_nor_removed(tmp_path: Path) -> None:
+    shutil.copytree(save(tmp_path, 1), tmp_path / "step_00000001.backup")
+    save(tmp_path, 2, 99_999_999, 100_000_000, keep_last=1, keep_every=1000)
+    assert names(tmp_path) == ["step_100000000"]
+    assert (tmp_path / "step_00000001.backup").is_dir()
+    assert load(tmp_path) == {"step": 100_000_000}
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     save(tmp_path, 1)
     with pytest.raises(UserError, match=r"another model .*embed\.weight with \[3, 3\] instead of \[4, 4\]"):

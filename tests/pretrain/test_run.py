@@ -63,6 +63,22 @@ def test_a_run_dir_that_is_a_file_is_refused(tmp_path: Path) -> None:
         resume_config(path, RunConfig(run_dir=path), may_change=())
 
 
+def test_a_dataset_is_no_run_dir(tmp_path: Path) -> None:
+    (tmp_path / "dataset.yaml").write_text("")
+    with pytest.raises(UserError, match=r"is a dataset or an export \(dataset\.yaml\); choose another run_dir"):
+        resume_config(tmp_path, RunConfig(run_dir=tmp_path), may_change=())
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"), [("run_dir: a\nwarmup: 3\n", 'unknown key "warmup"'), ("run_dir: [", "config.yaml")]
+)
+def test_the_config_of_another_version_is_told_as_such(tmp_path: Path, text: str, complaint: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=rf"{complaint}.* another version .* choose another run_dir") as error:
+        resume_config(tmp_path, RunConfig(run_dir=tmp_path), may_change=())
+    assert "\n" not in str(error.value)
+
+
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On every rank, as none would hear of it from another; and not after the first one was killed."""
     hold = "import sys, time; from pathlib import Path; from pretrain.run import exclusive"
