@@ -22,11 +22,13 @@ NODES = ("n1", "n2")
 SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 
 # cred_expire is also how long a requeued job waits before it starts anew: two minutes unless told otherwise.
+# Jobs meet at a port that follows from their id, so two clusters on one machine must not count alike.
 # Two partitions, so that a job can be preempted: what is submitted to `urgent` takes the nodes of jobs in `batch`.
 CONFIG = """
 ClusterName=foresight
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller_port}
+FirstJobId={controller_port}
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmctldLogFile={folder}/slurmctld.log
 StateSaveLocation={folder}/state
