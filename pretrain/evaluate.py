@@ -43,7 +43,7 @@ class EvaluateConfig(StrictConfig):
     max_clips: int = Field(512, ge=2, description="clips at most, evenly spread over the split")
     batch_size: int = Field(32, ge=2, description="clips at a time")
     num_draws: int = Field(4, ge=1, description="noises averaged in each mean prediction")
-    seed: int = Field(0, ge=0, description="of the noise and of the shuffled actions")
+    seed: int = Field(0, ge=0, lt=2**63, description="of the noise and of the shuffled actions")
     output: Path | None = Field(None, description="where the figures go as JSON; null: only to the terminal")
 
 

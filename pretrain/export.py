@@ -41,7 +41,7 @@ class ExportConfig(StrictConfig):
     output: Path = Field(description="folder to write; it must not exist yet")
     weights: Literal["averaged", "latest"] = Field("averaged", description="of a checkpoint: the average, or the last")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="number format of the files")
-    max_shard_gb: float = Field(10.0, gt=0, description="gigabytes per file")
+    max_shard_gb: float = Field(10.0, gt=0, le=1e6, description="gigabytes per file")
 
 
 def main(config: ExportConfig) -> None:

@@ -43,7 +43,7 @@ class RolloutConfig(StrictConfig):
     num_clips: int = Field(5, ge=2, description="clips to imagine")
     num_draws: int = Field(4, ge=1, description="noises averaged in each mean prediction")
     enlarge: int = Field(3, ge=1, description="each pixel becomes so many in the pictures")
-    seed: int = Field(0, ge=0, description="which clips, and their noise")
+    seed: int = Field(0, ge=0, lt=2**63, description="which clips, and their noise")
 
 
 def main(config: RolloutConfig) -> None:

@@ -2,9 +2,9 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from statistics import median
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -34,6 +34,18 @@ class TrainState:
     rewinds: int = 0
     guard: dict[str, Any] = field(default_factory=dict)  # what the losses to come are compared with
     cursor: dict[str, Any] = field(default_factory=dict)  # of the data; it means the same on any number of ranks
+
+    @classmethod
+    def restored(cls, stored: Mapping[str, Any]) -> Self:
+        """From what a checkpoint holds of it."""
+        try:
+            return cls(**stored)
+        except TypeError:
+            known = ", ".join(one.name for one in fields(cls))
+            raise UserError(
+                f"The newest checkpoint's state.json holds {', '.join(stored)}, but this version knows {known} alone; "
+                "go on with the version that wrote it, or choose another run_dir."
+            ) from None
 
 
 class Batches(Protocol):

@@ -314,12 +314,12 @@ def rewind(
     stored = checkpoints.load(ema)
     if stored is None:
         return None
-    return replace(TrainState(**stored), rewinds=state.rewinds + 1, skipped_steps=state.skipped_steps)
+    return replace(TrainState.restored(stored), rewinds=state.rewinds + 1, skipped_steps=state.skipped_steps)
 
 
 def resume(checkpoints: Checkpoints, ema: ExponentialMovingAverage, num_steps: int) -> TrainState:
     stored = checkpoints.load(ema)
-    state = TrainState() if stored is None else TrainState(**stored)
+    state = TrainState() if stored is None else TrainState.restored(stored)
     if state.step > num_steps:
         raise UserError(
             f"num_steps is {num_steps}, but {checkpoints.folder.parent} has {state.step} already; set num_steps to at "

@@ -365,6 +365,12 @@ def _check_shape(config: ObservationSpaceConfig, inputs: ModelInputs) -> None:
             f"model.video.patch_size={list(video.patch_size)} does not divide the {height}x{width} latents of "
             f"{dataset}; choose divisors of both."
         )
+    most = max(size // patch for size, patch in zip((frames, height, width), video.patch_size, strict=True))
+    if most > video.rope_max_seq_len:  # we would compute them, but diffusers could not use the export
+        raise UserError(
+            f"model.video.rope_max_seq_len={video.rope_max_seq_len}, but a side of the latents of {dataset} has {most} "
+            f"tokens; set it to at least {most}, or show less of a clip."
+        )
     for name, count in (
         ("context_latent_frames", config.context_latent_frames),
         ("drawn_context_latent_frames", max(config.drawn_context_latent_frames or (0,))),

@@ -9,13 +9,15 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 
-from configs.loader import UserError, load_config
+from configs.loader import StrictConfig, UserError, load_config
 from pretrain import export
 from pretrain.checkpoint import find_checkpoints
 from pretrain.checkpoint_files import CheckpointWeights
+from pretrain.evaluate import EvaluateConfig
 from pretrain.export import ExportConfig
 from pretrain.exported import load_world_model
 from pretrain.models.video_dit import VideoDiT
+from pretrain.rollout import RolloutConfig
 from pretrain.starting_weights import pretrained_weights
 from pretrain.train import PretrainConfig, main
 from pretrain.weights import load_into
@@ -129,3 +131,22 @@ def test_the_wan_configs_have_the_sizes_of_the_released_checkpoints() -> None:
         with torch.device("meta"):
             weights = VideoDiT(sizes).state_dict()
         assert (sum(value.numel() for value in weights.values()), len(weights)) == expected, name
+
+
+@pytest.mark.parametrize(
+    ("config_class", "overrides", "complaint"),
+    [
+        (
+            ExportConfig,
+            ["output=b", "max_shard_gb=1e308"],
+            r"max_shard_gb is 1e\+308, .* or equal to 1000000",
+        ),
+        (EvaluateConfig, ["dataset=b", f"seed={2**63}"], r"seed is 9223372036854775808, .* less than"),
+        (RolloutConfig, ["dataset=b", "output=c", f"seed={2**63}"], r"seed is 9223372036854775808, .* less than"),
+    ],
+)
+def test_what_no_machine_could_count_is_refused(
+    config_class: type[StrictConfig], overrides: list[str], complaint: str
+) -> None:
+    with pytest.raises(UserError, match=complaint):
+        load_config(config_class, None, ["checkpoint=a", *overrides])

@@ -1,14 +1,17 @@
 """The video world model: what may influence what, and that it learns what actions do."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
+from configs.loader import UserError
 from data_pipeline.encoders import EmbeddedCodec
 from pretrain.draws import SampleDraws
 from pretrain.flow_matching import FlowTimeConfig
 from pretrain.models.video_dit import VideoDiTConfig
-from pretrain.world_models.observation_space import ObservationSpaceConfig, ObservationSpaceWorldModel
+from pretrain.world_models.observation_space import ObservationSpaceConfig, ObservationSpaceWorldModel, resolve
 
 VIDEO = VideoDiTConfig(
     patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8,
@@ -193,3 +196,10 @@ def test_the_number_of_context_frames_is_drawn_in_training_and_fixed_in_validati
 def test_residuals_need_a_context():
     with pytest.raises(ValueError, match="cannot hold 0"):
         make(drawn_context_latent_frames=[0, 1], predict_residual=True)
+
+
+def test_more_positions_than_wan_has_are_refused() -> None:
+    clips = SimpleNamespace(dataset="DATA", layout=SimpleNamespace(kind="single"), latent_shape=(3, 4, 8, 6))
+    config = ObservationSpaceConfig(video=VIDEO.model_copy(update={"rope_max_seq_len": 3}))
+    with pytest.raises(UserError, match=r"rope_max_seq_len=3, but a side of the latents of DATA has 4 tokens"):
+        resolve(config, SimpleNamespace(dataset="DATA", each=[clips]))

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +26,7 @@ from pretrain.checkpoint import find_checkpoints
 from pretrain.checkpoint_files import CheckpointWeights
 from pretrain.metrics import read_metrics
 from pretrain.run import EXIT_STOPPED, resume_config
-from pretrain.steps import split_batch
+from pretrain.steps import TrainState, split_batch
 from pretrain.train import MAY_CHANGE, PretrainConfig, resume_run
 
 SCRIPT = Path(__file__).with_name("tiny_training.py")
@@ -165,6 +166,13 @@ def test_a_run_can_be_extended_on_the_schedule_it_was_started_with(tmp_path: Pat
     assert curve(tmp_path)[-1]["step"] == 12
     with pytest.raises(UserError, match=r"num_steps is 5, but .* has 12 already"):
         tiny.tiny_run(extended(5, decay_steps=6))
+
+
+def test_a_state_of_another_version_is_refused() -> None:
+    state = TrainState(step=3, rewinds=1)
+    assert TrainState.restored(asdict(state)) == state
+    with pytest.raises(UserError, match=r"holds step, momentum, but this version knows step, .* another run_dir"):
+        TrainState.restored({"step": 3, "momentum": 1})
 
 
 def test_split_batch_keeps_order_and_rows_together() -> None:
