@@ -55,7 +55,9 @@ _NOTICE = re.compile(
 _STEP = re.compile(r"\b[Ss]tep (\d{1,18})\b")
 _SHARD = re.compile(r"[^\s'\"(),;]+\.tar\b")
 _DEAD_PROCESS = re.compile(r"exitcode\s*: -(\d+) \(pid: (\d+)\)")
+_WAITED_FOR = re.compile(r"Unable to shutdown process (\d+) via")
 _UNPRINTABLE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")
+_UNKNOWN = "without a word, for want of memory, with its node, or because another rank had failed"
 
 
 @dataclass(frozen=True)
@@ -118,9 +120,9 @@ def find_endings(logs: Path, attempt: Attempt) -> list[Ending]:
         if number is not None:
             rows.setdefault(number, {"rank": number})
     failures = _failures(attempt)
-    signals = _signals(logs / "launcher.log")
+    fates = _fates(logs / "launcher.log")
     endings = [
-        _ending(logs, row, failures.get(rank, {}), attempt.run_dir, signals)
+        _ending(logs, row, failures.get(rank, {}), attempt.run_dir, fates)
         for rank, row in rows.items()
         if row.get("exit_code") not in CLEAN_EXITS
     ]
@@ -140,7 +142,7 @@ def _failures(attempt: Attempt) -> dict[int, dict[str, Any]]:
 
 
 def _ending(
-    logs: Path, row: dict[str, Any], failure: dict[str, Any], run_dir: Path | None, signals: dict[int, int]
+    logs: Path, row: dict[str, Any], failure: dict[str, Any], run_dir: Path | None, fates: dict[int, str]
 ) -> Ending:
     log = logs / f"rank_{row['rank']:04d}.log"
     lines = _tail(log)
@@ -149,7 +151,7 @@ def _ending(
     if said is None and isinstance(failure.get("error"), str):
         said = failure["error"]
     if said is None:
-        said, kind = _unsaid(row, run_dir, signals)
+        said, kind = _unsaid(row, run_dir, fates)
     elif _OF_OTHERS.search(said) or (not said.startswith("error: ") and _OF_PEERS.search(said)):
         kind = LOST_CONTACT
     steps = _STEP.findall(said) or [failure.get("step")] * ("step" in failure)
@@ -178,7 +180,7 @@ def _said(lines: Sequence[str]) -> str | None:
     return said
 
 
-def _unsaid(row: dict[str, Any], run_dir: Path | None, signals: dict[int, int]) -> tuple[str, int]:
+def _unsaid(row: dict[str, Any], run_dir: Path | None, fates: dict[int, str]) -> tuple[str, int]:
     """Of a rank whose log has no error."""
     pid, code = row.get("pid"), row.get("exit_code")
     if run_dir is not None and isinstance(pid, int):
@@ -187,15 +189,19 @@ def _unsaid(row: dict[str, Any], run_dir: Path | None, signals: dict[int, int]) 
                 return f"was stuck, and has left its stacks in {stacks}", VANISHED
     if isinstance(code, int):
         return f"ended with exit code {code} and without an error message", SPOKE
-    signal = signals.get(pid) if isinstance(pid, int) else None
-    how = "was killed" if signal is None else f"was killed by signal {signal}"
-    return f"{how} without a word, for want of memory, with its node, or because another rank had failed", VANISHED
+    return fates.get(pid if isinstance(pid, int) else -1, f"was killed {_UNKNOWN}"), VANISHED
 
 
-def _signals(launcher_log: Path) -> dict[int, int]:
-    """By process id, what torchrun saw a rank die of."""
-    matches = (_DEAD_PROCESS.search(line) for line in _tail(launcher_log))
-    return {int(match.group(2)): int(match.group(1)) for match in matches if match}
+def _fates(launcher_log: Path) -> dict[int, str]:
+    """By process id, what torchrun saw become of a rank."""
+    fates: dict[int, str] = {}
+    for line in _tail(launcher_log):
+        died, waited_for = _DEAD_PROCESS.search(line), _WAITED_FOR.search(line)
+        if died:
+            fates.setdefault(int(died.group(2)), f"was killed by signal {died.group(1)} {_UNKNOWN}")
+        if waited_for:
+            fates[int(waited_for.group(1))] = "did not end in time when it was asked to, so it was killed"
+    return fates
 
 
 # --- the page -----------------------------------------------------------------------------------------------------

@@ -139,6 +139,12 @@ def test_a_killed_rank_comes_before_those_that_lost_it(job: Job) -> None:
     assert "oom_kill" in said and "Out Of Memory" in said and "hello" not in said
 
 
+def test_a_rank_that_did_not_save_in_time_is_told_from_others(job: Job) -> None:
+    job.rank(0, "step 12/100\n", None, ended=0)
+    (job.logs / "launcher.log").write_text("Unable to shutdown process 100 via 12, forcefully exiting via 9\n")
+    assert "    did not end in time when it was asked to, so it was killed\n" in section(job.page(), "first")
+
+
 def test_a_stuck_rank_shows_its_stacks(job: Job) -> None:
     job.rank(3, "step 7/100\n", None, ended=0)
     stacks = job.run_dir / "stacks" / "rank_00003_103.txt"
