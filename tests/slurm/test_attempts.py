@@ -30,7 +30,7 @@ from slurm.attempt_files import (
     read_rows,
     run,
 )
-from slurm.attempts import MAX_STALLS, Standing, begin, command_exit_code, end, judge, newest_step
+from slurm.attempts import MAX_STALLS, Standing, begin, command_exit_code, end, judge, newest_step, progress
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 LOST = -1  # as an exit code: nobody was left to note it
@@ -178,6 +178,21 @@ def test_a_checkpoint_that_is_damaged_again_and_again_is_no_progress(tmp_path: P
         assert end(job, 75).verdict == verdict
         (run_dir / "checkpoints" / "step_00000010" / "COMPLETE").unlink()
         (run_dir / "checkpoints" / "step_00000010").rmdir()
+
+
+def test_records_are_counted_while_another_task_tidies_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.json").touch()
+    scandir = os.scandir
+
+    def losing_a(path: Any) -> Any:
+        if str(path).endswith("/a"):
+            shutil.rmtree(path, ignore_errors=True)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", losing_a)
+    assert progress(None, tmp_path) == 1
 
 
 def test_finished_records_of_a_build_are_progress(tmp_path: Path) -> None:
