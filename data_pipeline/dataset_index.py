@@ -203,6 +203,10 @@ class DatasetIndex(DatasetFolder):
     def bad_sample(self, i: int, error: ShardError) -> BadSampleError:
         return BadSampleError(self.address, self._shards[self._shard_of[i]], self.key(i), error)
 
+    def missing_shards(self) -> list[str]:
+        """In the manifest's order; none are known of remote storage."""
+        return self.files.missing([self._shards[number] for number in np.unique(self._shard_of)])
+
     def shard_sizes(self, indices: np.ndarray) -> np.ndarray:
         """How many of these samples, which are sorted by `by_place`, lie in each of their shards: int64 [s]."""
         shards = self._shard_of[indices]

@@ -22,6 +22,7 @@ from configs.loader import UserError, dump_config
 
 from .dataset import (
     DATASET_YAML,
+    MANIFEST,
     NORM_STATS,
     CodecInfo,
     Counts,
@@ -97,6 +98,21 @@ class Datasets(DatasetDescription):
                 "be fetched several times; raise the one or lower the other",
                 *(" and ".join(map(str, remote)), window_shards, window / 2**30, kept / 2**30),
             )
+
+    def check_shards(self, max_bad_fraction: float) -> None:
+        """A shard that is missing is told before training, not when the first of its samples comes up."""
+        for dataset in self._all:
+            missing = dataset.missing_shards()
+            if not missing:
+                continue
+            more = f" and {len(missing) - 1} other shard(s)" if missing[1:] else ""
+            problem = f"{dataset}/{missing[0]}{more}: missing, but {MANIFEST} names samples in it"
+            if not max_bad_fraction:
+                raise UserError(
+                    f"{problem}; restore it or build the dataset again, or set loader.max_bad_fraction to the share of "
+                    "samples that training may do without."
+                )
+            logger.warning("%s; they count as bad samples (loader.max_bad_fraction=%g)", problem, max_bad_fraction)
 
     def find(self, position: int) -> tuple[str, int]:
         """Which dataset a sample is of, and its position there."""

@@ -79,6 +79,10 @@ class DatasetFiles(Protocol):
 
     def size(self, name: str) -> int: ...
 
+    def missing(self, names: Sequence[str]) -> list[str]:
+        """Those that are known not to be there. Remote storage is not asked for so many at once."""
+        ...
+
     def announce(self, name: str, offset: int, num_bytes: int) -> None:
         """That these bytes will be read soon, for whom it helps to know."""
         ...
@@ -96,6 +100,19 @@ class LocalFiles(ShardReader):
 
     def fetch(self, names: Sequence[str]) -> Path:
         return self.root
+
+    def missing(self, names: Sequence[str]) -> list[str]:
+        """By a look into each folder: a question about each file takes minutes on a cluster's file system."""
+        folders = {name.rpartition("/")[0] for name in names}
+        there = {f"{folder}/{file}" for folder in folders for file in _names_in(self.root / folder)}
+        return [name for name in names if name not in there]
+
+
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:  # what cannot be seen cannot be read either
+        return []
 
 
 def open_files(address: Address, config: StorageConfig) -> DatasetFiles:
@@ -164,6 +181,9 @@ class RemoteFiles:
 
     def size(self, name: str) -> int:
         return self._file(name).size
+
+    def missing(self, names: Sequence[str]) -> list[str]:
+        return []
 
     def announce(self, name: str, offset: int, num_bytes: int) -> None:
         """Nothing: whole blocks are fetched, by as many workers as there are."""

@@ -159,6 +159,7 @@ def resume_run(config: TrainConfigT) -> TrainConfigT:
 
 
 def dataset_batches(datasets: Datasets, config: LoaderConfig) -> OpenBatches:
+    datasets.check_shards(config.max_bad_fraction)
     datasets.warn_of_small_cache(config.shuffle.window_shards)
 
     @cache

@@ -381,6 +381,21 @@ def test_a_vanished_shard(tmp_path):
         take(loader(index), 1)
 
 
+def test_a_vanished_shard_is_told_before_training(two_shards, tmp_path, caplog):
+    folder = shutil.copytree(two_shards, tmp_path / "dataset")
+    datasets = Datasets.open({"": folder})
+    datasets.check_shards(0.0)
+    shards = sorted(folder.glob("shards/train/*/*.tar"))
+    shards[1].unlink()
+    with pytest.raises(UserError, match=rf"^{shards[1]}: missing, but manifest.parquet names .* loader.max_bad_fr"):
+        datasets.check_shards(0.0)
+    datasets.check_shards(0.5)
+    assert f"{shards[1]}: missing" in caplog.text
+    shutil.rmtree(folder / "shards")
+    with pytest.raises(UserError, match=r"000000.tar and \d+ other shard"):
+        datasets.check_shards(0.0)
+
+
 def test_a_flipped_byte_is_found_on_request(tmp_path):
     index = DatasetIndex(tiny_dataset(tmp_path / "dataset", clips=(3,)))
     shard = next(index.path.rglob("*.tar"))
