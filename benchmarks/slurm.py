@@ -7,8 +7,7 @@ signal  what comes before a time limit and before a preemption: the ranks save t
 kill    the ranks are killed, as where memory runs out: the steps since the last checkpoint are lost
 
 One pretraining job, ended every so many seconds. Its goodput is the share of all the time that went into steps which
-it has in the end. Much of an interruption is SLURM's own: a requeued job waits for two minutes, or what the cluster has
-set (cred_expire in AuthInfo), and then for its nodes.
+it has in the end. Part of an interruption is SLURM's own: a requeued job waits some seconds, and then for its nodes.
 """
 
 import argparse
