@@ -137,9 +137,10 @@ class Cluster:
             assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s for {what}\n{self.describe()}"
             time.sleep(0.2)
 
-    def start_now(self, job_id: str) -> None:
-        """A requeued job that is held back (BeginTime) starts at once."""
-        self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")
+    def start_soon(self, job_id: str) -> None:
+        """A requeued job that is held back (BeginTime) starts, but not in the second of its end: a node would take it
+        for the job that has ended ("Job credential revoked")."""
+        self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now+2")
 
     def lose_node(self, node: str) -> None:
         """As if its power was cut: daemon and jobs are gone in the same moment, and the controller is told."""
@@ -162,7 +163,7 @@ class Cluster:
 
     def return_node(self, node: str) -> None:
         self._start_daemon(node, "slurmd", "-D", "-N", node, "-f", str(self.config))
-        self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
+        self.run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)  # it may be back already
         self._wait_for_nodes()
 
     @contextlib.contextmanager

@@ -37,7 +37,7 @@ def test_a_signalled_job_requeues_itself(cluster: Any, tmp_path: Path):
     cluster.wait_until(lambda: out.exists() and "attempt 1" in out.read_text(), "attempt 1")
     cluster.run("scancel", "--signal=USR2", "--batch", job)
     cluster.wait_until(lambda: cluster.job(job)["JobState"] == "PENDING", "the requeued job")
-    cluster.start_now(job)
+    cluster.start_soon(job)
     assert cluster.wait_for_state(job, "COMPLETED")["Restarts"] == "1"
     said = [line for line in out.read_text().splitlines() if not line.startswith("slurmstepd")]
     assert said == ["attempt 1", "attempt 2"]
