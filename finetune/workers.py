@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from threading import Thread
 from typing import Any, TypeVar
 
 from configs.loader import UserError
@@ -23,6 +24,7 @@ def run_jobs(jobs: Sequence[tuple[Callable[..., Result], tuple[Any, ...]]], num_
         initargs=(logging.getLogger().getEffectiveLevel(),),
         max_tasks_per_child=1,
     )
+    others = multiprocessing.active_children()
     try:
         # A terminal sends Ctrl-C to all. Workers inherit that they do not hear it; this process does, and ends them.
         heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -37,8 +39,15 @@ def run_jobs(jobs: Sequence[tuple[Callable[..., Result], tuple[Any, ...]]], num_
             "a worker process died without a Python error, usually for want of memory: try num_workers=1"
         ) from error
     except BaseException:
-        for worker in multiprocessing.active_children():
-            worker.terminate()
+        # Until all is over: the pool may just be replacing a worker that has ended, and a new one would wait for ever
+        # if another was ended while it held the lock of the queue between them.
+        stopping = Thread(target=pool.shutdown, kwargs={"cancel_futures": True})
+        stopping.start()
+        while stopping.is_alive():
+            for worker in multiprocessing.active_children():
+                if worker not in others:
+                    worker.terminate()
+            stopping.join(timeout=0.1)
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
