@@ -90,7 +90,9 @@ WIDE_TEXT = TINY.model_copy(update={"text_dim": 256, "num_layers": 2, "ffn_dim":
 @pytest.mark.parametrize("sizes", [TINY, WIDE_TEXT], ids=["tiny", "wide_text"])
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("mode", MODES)
-def test_activations_are_what_autograd_keeps(sizes, precision, mode):
+def test_activations_are_what_autograd_keeps(sizes, precision, mode, monkeypatch):
+    # ZeRO-3 leaves its own linear layer behind, which keeps the weights in place of autocast's copies of them.
+    monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
     model = ObservationSpaceWorldModel(
         ObservationSpaceConfig(video=sizes, action_dim=2, actions_per_latent=4, residual_std=1.0)
     )
@@ -109,7 +111,7 @@ def test_activations_are_what_autograd_keeps(sizes, precision, mode):
     if precision == "bf16" and mode == "none":
         on_paper += 2 * model_size(model).cast  # autocast's copies of weights
     assert loss.requires_grad
-    assert on_paper == pytest.approx(measured, rel=0.15 if torch.__version__ >= "2.12" else 0.25)  # 2.11 keeps less
+    assert on_paper == pytest.approx(measured, rel=0.15)
 
 
 def test_saved_tensors_are_what_is_kept():

@@ -98,6 +98,15 @@ class WatchedTask:
         """Until it is at work."""
         self.wait_until(lambda: rank in self._ranks(attempt), f"rank {rank} of attempt {attempt}")
 
+    @property
+    def num_signals(self) -> int:
+        """That the batch script has passed on."""
+        log = self.folder / "batch.log"
+        return log.read_text().count("USR2: the job is to end") if log.exists() else 0
+
+    def wait_for_signal(self, number: int) -> None:
+        self.wait_until(lambda: self.num_signals >= number, f"SLURM's signal number {number}")
+
     def wait_for_end(self, *states: str) -> dict[str, str]:
         """The job, once it has ended in one of these states."""
         self.wait_until(lambda: self.cluster.job(self.job_id)["JobState"] in states, f"the job to be {states}")
