@@ -12,7 +12,8 @@ export LP_NUM_THREADS ?= 1
 help:
 	@echo "make demo             recordings -> world model -> policy, all on this machine; ends in runs/demo/report.html"
 	@echo "make demo DATA=PATH   the same chain on your own LeRobot dataset"
-	@echo "make test             the whole test suite (ARGS='-k loader' for a part)"
+	@echo "make test             the test suite, in under ten minutes (ARGS='-k loader' for a part)"
+	@echo "make test-slow        the rest of it: kills, whole chains, a real SLURM"
 	@echo "make lint             style and types"
 	@echo "make setup            only install: Debian libraries and .venv"
 
@@ -21,9 +22,15 @@ demo: .venv/.ready
 	$(PYTHON_IN_VENV) -m finetune.demo $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 # A test file per core, all its tests on one: they share what is slow to make. Many start processes of their own.
+PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON_IN_VENV) -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
 .PHONY: test
 test: .venv/.ready
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON_IN_VENV) -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+.PHONY: test-slow
+test-slow: .venv/.ready
+	$(PYTEST) -m slow $(ARGS)
 
 .PHONY: lint
 lint: .venv/.ready
