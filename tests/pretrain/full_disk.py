@@ -6,6 +6,7 @@ unshare --map-root-user --mount python full_disk.py FOLDER        prints what wa
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,14 @@ def told_by(work: Any) -> str:
 
 
 def train(disk: Path) -> dict[str, Any]:
+    def on_step(step: int) -> None:
+        if step == FULL_FROM - 1:
+            time.sleep(2)  # the checkpoint before is written meanwhile, and complete when this step ends
+        if step == FULL_FROM:
+            fill(disk)
+
     config = tiny_config(disk / "run", NUM_STEPS, log_every=100)
-    told = told_by(lambda: tiny_run(config, on_step=lambda step: fill(disk) if step == FULL_FROM else None))
+    told = told_by(lambda: tiny_run(config, on_step=on_step))
     left = sorted(path.name for path in (disk / "run" / "checkpoints").iterdir())
     (disk / "filler").unlink()
     return {"told": told, "left": left, "again": tiny_run(config), "events": rows(disk / "run" / "events.jsonl")}

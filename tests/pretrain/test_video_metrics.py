@@ -244,7 +244,7 @@ class Program:
 def test_programs_and_damaged_files_are_refused_and_nothing_runs(tmp_path: Path) -> None:
     torch.save({"features.0.weight": Program(tmp_path / "ran")}, tmp_path / "program.pth")
     torch.save(torch.nn.Linear(2, 2), tmp_path / "model.pt")
-    torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "torchscript.pt"))
+    torch.jit.trace(lambda x: x + 1, torch.zeros(1)).save(str(tmp_path / "torchscript.pt"))
     torch.save({"state_dict": {"weight": torch.zeros(1)}}, tmp_path / "nested.pt")
     (tmp_path / "text.pth").write_text("version https://git-lfs.github.com/spec/v1")
     whole = lpips_files(VGG16, tmp_path)[1].read_bytes()
