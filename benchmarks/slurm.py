@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ class Run:
             ranks = [step for step in steps if step.rpartition(".")[2].isdigit()]  # and not the batch script
             _call("scancel", "--signal=KILL", *ranks)
         self.wait_for_attempt(attempt + 1)
-        began = time.time() - start
+        began = datetime.fromisoformat(read_attempts(self.folder)[attempt].began).timestamp() - start  # whole seconds
         self.wait_for_step(attempt + 1)
         training = time.time() - start
         first = self._first_step(attempt + 1)

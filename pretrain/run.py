@@ -142,6 +142,8 @@ class StopSignal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:  # a launcher that has seen another rank fail sends SIGTERM: what went wrong is told first
+            return
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

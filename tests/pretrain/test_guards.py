@@ -230,7 +230,7 @@ def test_when_a_rank_dies_the_others_say_so(tmp_path: Path) -> None:
     assert [event["rank"] for event in failed] == [0]
     sentence = f"lost contact with the other ranks at step {failed[0]['step']}"
     assert sentence in failed[0]["error"]
-    assert sentence in told or "closing signal" in told  # the launcher may be the faster one
+    assert sentence in told
 
 
 OWN_MOUNTS = ["unshare", "--map-root-user", "--mount"]

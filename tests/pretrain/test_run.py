@@ -114,3 +114,17 @@ def test_signals_only_set_a_flag(number: signal.Signals) -> None:
         os.kill(os.getpid(), number)
         assert stop.requested
     assert signal.getsignal(number) is before
+
+
+def test_a_run_that_failed_is_not_ended_before_it_has_said_so():
+    """torchrun sends SIGTERM to the others when a rank has failed."""
+    before = {number: signal.getsignal(number) for number in StopSignal.SIGNALS}
+    stop = StopSignal()
+    try:
+        with pytest.raises(ValueError, match="why"), stop:
+            raise ValueError("why")
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

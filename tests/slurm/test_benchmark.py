@@ -27,7 +27,7 @@ def test_it_times_a_signal_and_a_kill(cluster: Any, tmp_path: Path):
     result = json.loads((tmp_path / "benchmark" / "result.json").read_text())
     signal, kill = result["interruptions"]
     for one in (signal, kill):
-        assert 0 < one["began"] - 1 < one["ranks"] < one["training"]  # seen up to a second late
+        assert 0 < one["began"] < one["ranks"] < one["training"]
     assert 0 < signal["saved"] < signal["began"] and signal["lost_steps"] == 0
     assert kill["saved"] is None and kill["lost_steps"] > 0  # nothing was saved since the signal
     assert 0 < result["goodput"] < 1 and result["steps"] > 0
