@@ -44,13 +44,13 @@ def main() -> NoReturn:
     stem = Path(os.environ[LOGS_VARIABLE]) / f"rank_{rank:04d}"
     try:
         _send_output_to(stem.with_suffix(".log"))
+        for number in STOP_SIGNALS:
+            signal.signal(number, _stop)
         row = {"rank": rank, "host": os.environ.get("SLURMD_NODENAME") or socket.gethostname(), "pid": os.getpid()}
         row["started"] = time.time()
         write_whole(stem.with_suffix(".json"), json.dumps(row) + "\n")
     except OSError as error:
         raise CommandError(f"{stem}: cannot be written ({error.strerror}); see to the run folder's space.", 1) from None
-    for number in STOP_SIGNALS:
-        signal.signal(number, _stop)
     code = _exit_code_of(module, sys.argv[1:])
     if _is_noted(stem.with_suffix(".json"), {**row, "ended": time.time(), "exit_code": code}) and code == EXIT_STOPPED:
         code = 0

@@ -1,5 +1,6 @@
 """A training in SLURM's hands: whatever ends it, it goes on by itself, and is the run that was left alone."""
 
+import os
 import runpy
 import signal
 import subprocess
@@ -63,15 +64,17 @@ def test_a_training_to_which_everything_happens_is_the_one_that_was_left_alone(
 
 def test_a_job_that_gets_nowhere_stops_itself(cluster: Any, dataset: Path, tmp_path: Path):
     """As with a time limit that is too short for the first step."""
-    stage = pretrain_stage(tiny.write_training(tmp_path, dataset), launcher="srun")
+    config = tiny.write_training(tmp_path, dataset)
+    stage = pretrain_stage(config, launcher="srun", sbatch=["--hold"])
     chain = tiny.write_chain(cluster, tmp_path, pretrain=stage)
     task = tiny.pretraining(cluster, chain, tiny.submit(cluster, chain)["pretrain"])
+    config.unlink()
+    os.mkfifo(config)  # that nobody writes into: reading it, the rank gets no further
+    cluster.run("scontrol", "release", task.job_id)
     for attempt in (1, 2):
         task.wait_for_rank(0, attempt)
-        task.signal_rank(0, signal.SIGSTOP, attempt)  # or a fast machine might get somewhere
         task.signal_before_limit()
         task.wait_for_signal(attempt)
-        task.signal_rank(0, signal.SIGCONT, attempt)
     assert task.wait_for_end("FAILED", "COMPLETED")["ExitCode"] == "93:0"
     assert [one.verdict for one in task.attempts] == ["requeue", "stop"]
     assert "times now without progress" in task.attempts[-1].reason
