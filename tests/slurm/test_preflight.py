@@ -211,6 +211,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_nodes_that_reach_each_other_add_up(tmp_path: Path) -> None:
     port = free_port()
     nodes = [start(tmp_path, number, port) for number in range(2)]
