@@ -21,6 +21,12 @@ def suggest(given: str, known: Sequence[str]) -> str:
     return f"; it can be {', '.join(known)}" if known else ""
 
 
+def ended(sentence: str) -> str:
+    """With its full stop, where it has no mark of its own: a hint may end as a question."""
+    bare = sentence.rstrip(".")
+    return bare if bare.endswith(("?", "!")) else f"{bare}."
+
+
 def show(value: Any) -> str:
     names = {dict: "a section", type(None): "empty"}
     return names.get(type(value)) or reprlib.repr(value)
@@ -54,7 +60,7 @@ def explain(
         given = "" if isinstance(details["input"], dict) else f" is {show(details['input'])}, but"
         sentence = f"{where}: {key}{given} {reasons}" if key else f"{where}: {reasons}"
     more = f" ({len(problems) - 1} more after this one)" if len(problems) > 1 else ""
-    return f"{sentence.rstrip('.')}{more}" + ("" if sentence.endswith("?") and not more else ".")
+    return ended(f"{sentence.rstrip('.')}{more}")
 
 
 def _dotted_key(details: Any, data: Any) -> str:

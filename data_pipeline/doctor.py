@@ -29,7 +29,7 @@ from rich.text import Text
 
 from configs.fields import fields_by_key
 from configs.loader import StrictConfig, UserError, run_command
-from configs.problems import explain, explain_refusal, suggest
+from configs.problems import ended, explain, explain_refusal, suggest
 from configs.yaml_text import write_yaml
 
 from .embodiment_proposal import propose_embodiment
@@ -144,7 +144,7 @@ def main(config: DoctorConfig) -> int:
 def examine(path: Path, kind: str, settings: dict[str, Any] | None = None, *, decode: bool = False) -> Report:
     """Read every episode, with `decode` its frames too, and sum up. UserError when the set is unusable as a whole."""
     if kind not in FORMATS:
-        raise UserError(f"kind={kind}: there is no such format{suggest(kind, list(FORMATS))}.")
+        raise UserError(ended(f"kind={kind}: there is no such format{suggest(kind, list(FORMATS))}"))
     config_class = FORMATS[kind].config
     config = _source_config(config_class, {"path": path, **(settings or {})})
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.loader import UserError
-from configs.problems import suggest
+from configs.problems import ended, suggest
 
 from .align import actions_per_frame
 from .build_config import BuildConfig
@@ -142,4 +142,4 @@ def _check_curation(config: BuildConfig, robots: Sequence[Embodiment]) -> None:
     unknown = config.idle.unknown_slots(robots)
     if unknown:
         known = sorted({name for robot in robots for name in (*robot.action_names, *robot.proprio_names)})
-        raise UserError(f"idle.tolerances: no robot has a slot {unknown[0]!r}{suggest(unknown[0], known)}.")
+        raise UserError(ended(f"idle.tolerances: no robot has a slot {unknown[0]!r}{suggest(unknown[0], known)}"))

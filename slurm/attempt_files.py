@@ -28,6 +28,7 @@ LOGS, PREFLIGHT = "logs", "preflight"
 ALL_REDUCE = "all_reduce"  # what goes wrong with it may be another node's fault
 DONE, REQUEUE, STOP, FAILED = "done", "requeue", "stop", "failed"
 BAD_INPUT, EXIT_STOPPED, EXIT_NO_PROGRESS, EXIT_INTERRUPTED = 2, 75, 93, 130
+BEYOND_REASON = 10**18
 CLEAN_EXITS = frozenset({0, EXIT_STOPPED, EXIT_INTERRUPTED})
 
 
@@ -77,14 +78,17 @@ def given_number(text: str) -> int:
 # --- files --------------------------------------------------------------------------------------------------------
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file, none where there is no file. What a kill has cut short is no row."""
+def read_rows(path: Path, tail_bytes: int | None = None) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file, or of its end; none where there is no file. What a kill has cut short is no row."""
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        with path.open("rb") as file:
+            start = 0 if tail_bytes is None else max(0, file.seek(0, os.SEEK_END) - tail_bytes)
+            file.seek(start)
+            text = file.read().decode(errors="replace")
     except FileNotFoundError:
         return []
     rows = []
-    for line in text.split("\n"):
+    for line in text.split("\n")[bool(start) :]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
@@ -206,6 +210,12 @@ def preflight_rows(folder: Path) -> dict[str, dict[str, Any]]:
 def node_names(text: str) -> list[str]:
     """Of a list with spaces or commas between them."""
     return text.replace(",", " ").split()
+
+
+def finite(value: Any) -> float | None:
+    """A value of a row that one can reckon with; None where it is anything else."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value if is_number and abs(value) < BEYOND_REASON else None  # no NaN either
 
 
 def _integer(value: Any) -> int | None:

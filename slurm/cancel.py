@@ -24,9 +24,12 @@ def main(config: CancelConfig) -> int:
     submissions = read_submissions(config.run_dir)
     if not submissions:
         raise UserError(f"{config.run_dir}: no job was submitted there; give the run_dir of a chain.")
-    queue = scheduler.read_queue(one.job_id for one in submissions)
+    queue = scheduler.read_queue((one.job_id for one in submissions), ", so nothing is cancelled")
     alive = dict.fromkeys(job_id for job_id, _ in reversed(queue))  # those that wait for others first
-    scheduler.cancel(list(alive))
+    try:
+        scheduler.cancel(list(alive))
+    except UserError as error:
+        raise UserError(f"of job {', '.join(alive)} not all may be cancelled: {error}") from None
     sys.stdout.write(f"cancelled {', '.join(alive)}\n" if alive else "nothing of it was waiting or at work\n")
     return 0
 

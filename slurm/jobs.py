@@ -31,8 +31,7 @@ def read_chain(run_dir: Path) -> ChainConfig:
     if not (run_dir / CHAIN_FILE).is_file():
         raise UserError(f"{run_dir}: has no {CHAIN_FILE}; give the run_dir of a chain that slurm.submit has submitted.")
     chain = load_config(ChainConfig, run_dir / CHAIN_FILE)
-    if not (chain.run_dir.is_dir() and chain.run_dir.samefile(run_dir)):
-        raise UserError(f"{run_dir}: was {chain.run_dir} when it was submitted; move it back, or link it there.")
+    _check_place(run_dir, chain.run_dir)
     return chain
 
 
@@ -42,15 +41,34 @@ def read_submissions(run_dir: Path) -> list[Submission]:
     if not path.is_file():
         return []
     try:
-        return [Submission(**row) for row in json.loads(path.read_text(encoding="utf-8"))["jobs"]]
-    except (ValueError, KeyError, TypeError) as error:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        submitted_as = Path(known.get("run_dir", run_dir))
+        submissions = [Submission(**row) for row in known["jobs"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); restore it, or submit into another run_dir.") from None
+    _check_place(run_dir, submitted_as)
+    return submissions
+
+
+def _check_place(run_dir: Path, submitted_as: Path) -> None:
+    """Jobs know their folder by its path: they neither follow it when it is moved, nor belong to a copy of it."""
+    if not submitted_as.is_dir():
+        raise UserError(
+            f"{run_dir}: was {submitted_as} when it was submitted, and its jobs look for it there; move it back, or "
+            "link it there."
+        )
+    if not submitted_as.samefile(run_dir):
+        raise UserError(
+            f"{run_dir}: is a copy of {submitted_as}, to which its jobs belong; give that folder, or submit into a new "
+            "one."
+        )
 
 
 def write_submissions(run_dir: Path, submissions: Iterable[Submission]) -> None:
     """Whole or not at all."""
     partial = run_dir / f".{JOBS_FILE}"
-    partial.write_text(json.dumps({"jobs": [asdict(one) for one in submissions]}, indent=2) + "\n", encoding="utf-8")
+    known = {"run_dir": os.path.abspath(run_dir), "jobs": [asdict(one) for one in submissions]}
+    partial.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, run_dir / JOBS_FILE)
 
 
@@ -83,7 +101,10 @@ class TaskState:
     @property
     def word(self) -> str:
         """done, running, waiting, failed, stopped, lost, cancelled, not submitted or not known."""
-        if self.queued is not None:
+        job_id = self.submission.job_id if self.submission else None
+        of_this_job = [one for one in self.attempts if one.job_id.split("_")[0] == job_id]
+        verdict = of_this_job[-1].verdict if of_this_job else "requeue"  # and yet it is not in the queue
+        if self.queued is not None and verdict != "done":  # a job that is done may still be at its last lines
             return "waiting" if self.queued.state == "PENDING" else "running"
         if self.is_done:
             return "done"
@@ -91,8 +112,6 @@ class TaskState:
             return "not submitted"
         if not self.is_queue_known:
             return "not known"
-        of_this_job = [one for one in self.attempts if one.job_id.split("_")[0] == self.submission.job_id]
-        verdict = of_this_job[-1].verdict if of_this_job else "requeue"  # and yet it is not in the queue
         return {"failed": "failed", "stop": "stopped", "requeue": "cancelled"}.get(verdict or "", "lost")
 
 

@@ -31,7 +31,8 @@ class ResubmitConfig(StrictConfig):
 
 def main(config: ResubmitConfig) -> int:
     chain = read_chain(config.run_dir)
-    queue = scheduler.read_queue(one.job_id for one in read_submissions(chain.run_dir))
+    submissions = read_submissions(chain.run_dir)
+    queue = scheduler.read_queue((one.job_id for one in submissions), ", so nothing is submitted")
     ending = [job_id for (job_id, _), one in queue.items() if one.state == "COMPLETING"]
     if ending:
         raise UserError(f"{chain.run_dir}: job {ending[0]} is just ending; try again in a minute.")

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.loader import UserError
-from configs.problems import suggest
+from configs.problems import ended, suggest
 
 from .chain import TIME, seconds
 
 TIMEOUT_S = 120  # a controller that is busy may let one wait
+MAX_COMPLAINTS = 3
 FIELDS = "%A|%F|%K|%T|%r|%L|%N"
 
 
@@ -44,8 +45,8 @@ def is_here() -> bool:
 def require() -> None:
     if not is_here():
         raise UserError(
-            "sbatch is not on the PATH, so this machine submits no SLURM jobs; run this on a login node, outside of "
-            "any container, or only look with --dry-run."
+            "sbatch is not on the PATH, so this machine knows of no SLURM jobs; run this on a login node, outside of "
+            "any container (`slurm.submit --dry-run` works anywhere)."
         )
 
 
@@ -71,7 +72,7 @@ def check_partition(partition: str, num_nodes: int, time_s: int, where: str) -> 
     for name in names:
         if name not in partitions:
             hint = suggest(name, sorted(partitions))
-            raise UserError(f"{where}: this cluster has no partition {name}{hint}{'' if hint.endswith('?') else '.'}")
+            raise UserError(ended(f"{where}: this cluster has no partition {name}{hint}"))
     if not names:
         return
     largest = max((partitions[name] for name in names), key=lambda one: one.nodes)
@@ -92,7 +93,7 @@ def check_script(script: Path, where: str) -> None:
     """Lets SLURM look at a file without submitting it."""
     process = _call("sbatch", "--test-only", str(script))
     if process.returncode:
-        raise UserError(f"{where}: SLURM refuses {script}: {_reason(process.stderr)}.")
+        raise UserError(ended(f"{where}: SLURM refuses {script}: {_reason(process.stderr)}"))
 
 
 # --- jobs ---------------------------------------------------------------------------------------------------------
@@ -109,24 +110,32 @@ def submit(command: Sequence[str]) -> str:
     return _run(*command).strip().split(";")[0]  # what follows is the cluster's name
 
 
-def read_queue(job_ids: Iterable[str]) -> dict[tuple[str, str], QueuedTask]:
-    """This user's jobs of these ids that have not ended, by id and index in the array ("" where there is none)."""
+def read_queue(job_ids: Iterable[str], otherwise: str = "") -> dict[tuple[str, str], QueuedTask]:
+    """This user's jobs of these ids that have not ended, by id and index in the array ("" where there is none).
+
+    Where SLURM does not say, the `UserError` also tells what is left undone: `otherwise`.
+    """
     wanted = set(job_ids)
-    found = {}
-    lines = _run("squeue", "--noheader", "--array", f"--user={getpass.getuser()}", f"--format={FIELDS}").splitlines()
-    for line in lines:
+    command = ["squeue", "--noheader", "--array", f"--user={getpass.getuser()}", f"--format={FIELDS}"]
+    try:
+        jobs = [_queued(line) for line in _run(*command).splitlines()]
+    except UserError as error:
+        raise UserError(f"what waits and what works is not known{otherwise}: {error}") from None
+    return {key: task for key, task in jobs if key[0] in wanted}
+
+
+def _queued(line: str) -> tuple[tuple[str, str], QueuedTask]:
+    try:
         job_id, array_id, index, state, reason, time_left, nodes = line.strip().split("|")
-        is_element = index.isdigit()
-        key = (array_id, index) if is_element else (job_id, "")
-        if key[0] in wanted:
-            found[key] = QueuedTask(state, reason, time_left, nodes)
-    return found
+    except ValueError:
+        raise UserError(f"squeue: says {line.strip()!r}, which is no row of jobs.") from None
+    return (array_id, index) if index.isdigit() else (job_id, ""), QueuedTask(state, reason, time_left, nodes)
 
 
 def cancel(jobs: Sequence[str]) -> None:
-    """Ends jobs, or elements of arrays (12_3), whether they wait or work."""
+    """Ends jobs, or elements of arrays (12_3), whether they wait or work. One that has just ended is no mistake."""
     if jobs:
-        _run("scancel", *jobs)
+        _run("scancel", "--quiet", *jobs)
 
 
 # --- calling ------------------------------------------------------------------------------------------------------
@@ -135,20 +144,24 @@ def cancel(jobs: Sequence[str]) -> None:
 def _run(*command: str) -> str:
     process = _call(*command)
     if process.returncode:
-        raise UserError(f"{command[0]}: {_reason(process.stderr)}.")
+        raise UserError(ended(f"{command[0]}: {_reason(process.stderr)}"))
     return process.stdout
 
 
 def _call(*command: str) -> subprocess.CompletedProcess[str]:
     require()
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired:
         raise UserError(f"{command[0]}: SLURM has not answered for {TIMEOUT_S} s; try again later.") from None
+    except OSError as error:
+        raise UserError(f"{command[0]}: cannot be run ({error.strerror}); see to this machine's SLURM.") from None
 
 
 def _reason(text: str) -> str:
-    """What a command of SLURM's said last, without its own name, its estimates and its hints."""
-    said = [re.sub(r"^\w+: (?:error|fatal): ", "", line) for line in text.splitlines() if " " in line]
-    told = [line for line in said if not re.match(r"\w+: Job \d+ to start|Try ", line)]
-    return (told or ["no reason given"])[-1].rstrip(".")
+    """What a command of SLURM's complains of, the cause first, without its own name, its estimates and its hints."""
+    told = [line for line in text.splitlines() if not re.match(r"\w+: Job \d+ to start|Try ", line)]
+    errors = [line for line in told if re.match(r"\w+: (?:error|fatal): ", line)] or told
+    said = (re.sub(r"^\w+: (?:(?:error|fatal|warning): )?", "", line).strip().rstrip(".") for line in errors)
+    in_words = dict.fromkeys(one for one in said if re.search("[A-Za-z]", one))
+    return "; ".join(list(in_words)[:MAX_COMPLAINTS]) or "no reason given"

@@ -4,7 +4,6 @@ python -m slurm.status RUN_DIR
 """
 
 import json
-import os
 import shlex
 import sys
 from collections import Counter
@@ -18,7 +17,7 @@ from configs.loader import StrictConfig, UserError, run_command
 from configs.yaml_text import parse_yaml
 
 from . import scheduler
-from .attempt_files import ERRORS, LOGS, attempt_name
+from .attempt_files import ERRORS, LOGS, attempt_name, finite, read_rows
 from .jobs import TaskState, read_chain, read_states, read_submissions
 
 TAIL_BYTES = 1 << 16  # of metrics.jsonl: enough for its last rows
@@ -32,11 +31,11 @@ class StatusConfig(StrictConfig):
 
 def main(config: StatusConfig) -> int:
     chain = read_chain(config.run_dir)
-    queue = None
+    submissions, queue = read_submissions(chain.run_dir), None
     try:
-        queue = scheduler.read_queue(one.job_id for one in read_submissions(chain.run_dir))
+        queue = scheduler.read_queue(one.job_id for one in submissions)
     except UserError as error:  # the files alone tell most of it
-        sys.stdout.write(f"what waits and what works is not known: {error}\n")
+        sys.stdout.write(f"{error}\n")
     states = read_states(chain, queue)
     sys.stdout.write("\n".join(report(chain.run_dir, states)) + "\n")
     return 0
@@ -103,7 +102,8 @@ def outcome(results: Path) -> str:
             low, high = found["pooled"]["policy"]["interval"]
             return f"success {found['pooled']['policy']['rate']:.0%} ({low:.0%} to {high:.0%})"
         return f"action error {found['action_error']['policy']['l1_normalised']:.4g} (L1, normalised)"
-    except (OSError, ValueError, KeyError, TypeError):  # other rows were asked for, or another evaluation wrote it
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
+        # Other rows were asked for, or another evaluation wrote it.
         return f"see {results}" if results.is_file() else ""
 
 
@@ -116,37 +116,25 @@ def progress(run_dir: Path) -> str:
     train = next((row for row in reversed(rows) if row.get("split") == "train"), None)
     if train is None:
         return ""
-    held_out = next((row for row in reversed(rows) if row.get("split") == "validation" and "loss" in row), None)
-    num_steps = settled_steps(run_dir / "config.yaml")
+    losses = (row for row in reversed(rows) if row.get("split") == "validation" and "loss" in row)
+    held_out: dict[str, Any] = next(losses, {})
+    num_steps, step_s = settled_steps(run_dir / "config.yaml"), finite(train.get("step_s"))
     parts = [f"step {train['step']}" + (f" of {num_steps}" if num_steps else "")]
-    for name, row in (("loss", train), ("held-out loss", held_out)):
-        if row is not None and isinstance(row.get("loss"), float):
-            parts.append(f"{name} {row['loss']:.4f}")
-    step_s = train.get("step_s")
-    left_s = (num_steps - train["step"]) * step_s if num_steps and isinstance(step_s, float) else 0
+    for name, loss in (("loss", finite(train.get("loss"))), ("held-out loss", finite(held_out.get("loss")))):
+        if loss is not None:
+            parts.append(f"{name} {loss:.4f}")
+    left_s = (num_steps - train["step"]) * step_s if num_steps and step_s else 0
     if left_s > 0:
         parts.append(f"{left_s / 3600:.1f} h to go" if left_s > 5400 else f"{left_s / 60:.0f} min to go")
     return ", ".join(parts)
 
 
 def last_rows(path: Path) -> list[dict[str, Any]]:
-    """The end of a file of JSON lines, however long it is."""
+    """The end of a file of metrics, however long it is."""
     try:
-        with path.open("rb") as file:
-            start = max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES)
-            file.seek(start)
-            lines = file.read().decode(errors="replace").split("\n")[1 if start else 0 :]
+        return [row for row in read_rows(path, TAIL_BYTES) if isinstance(finite(row.get("step")), int)]
     except OSError:
         return []
-    rows = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-    return rows
 
 
 def settled_steps(path: Path) -> int | None:
@@ -155,7 +143,7 @@ def settled_steps(path: Path) -> int | None:
     except (OSError, ValueError):
         return None
     steps = settings.get("num_steps") if isinstance(settings, dict) else None
-    return steps if isinstance(steps, int) else None
+    return steps if isinstance(finite(steps), int) else None
 
 
 if __name__ == "__main__":

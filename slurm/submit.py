@@ -2,6 +2,7 @@
 
     python -m slurm.submit --config configs/slurm/demo.yaml --dry-run     prints every file and command, submits nothing
     python -m slurm.submit --config configs/slurm/demo.yaml               submits
+    python -m slurm.submit --config … --stage pretrain                    submits one stage, from what is there already
     python -m slurm.status RUN_DIR                                        where it stands
 
 Jobs requeue themselves at their time limit and after failures, and go on where they were. What the cluster is like
@@ -53,7 +54,7 @@ def main(config: SubmitConfig) -> int:
     if config.stage is not None:
         jobs = [job for job in jobs if job.stage == config.stage]
         if not jobs:
-            raise UserError(f"stage={config.stage}: the chain has no such stage; add it to stages.")
+            raise UserError(f"--stage {config.stage}: the chain has no such stage; add it to stages.")
     if config.dry_run:
         sys.stdout.write(dry_run(write_texts(chain, jobs)))
         return 0
@@ -67,7 +68,8 @@ def main(config: SubmitConfig) -> int:
     scripts = write_texts(chain, jobs)
     write_files(chain, scripts)
     due = {script.job.stage: list(script.job.tasks) for script in scripts}
-    queue = scheduler.read_queue(one.job_id for one in read_submissions(chain.run_dir))
+    submissions = read_submissions(chain.run_dir)
+    queue = scheduler.read_queue((one.job_id for one in submissions), ", so nothing is submitted")
     submit_all(chain.run_dir, scripts, due, tasks_at_work(read_states(chain, queue)))
     return 0
 
@@ -149,7 +151,7 @@ def submit_all(
         for indices in groups(job, due.get(job.stage, ()), parents):
             waits_for = dependency(job, indices, parents)
             array = array_option(indices, job) if job.is_array and len(indices) < len(job.tasks) else ""
-            job_id = scheduler.submit(scheduler.submission(script.path, waits_for, array))
+            job_id = _submit(run_dir, job, scheduler.submission(script.path, waits_for, array))
             submission = Submission(
                 stage=job.stage,
                 job_id=job_id,
@@ -162,6 +164,16 @@ def submit_all(
             not_done.setdefault(job.stage, {}).update(dict.fromkeys(indices, job_id))
             sys.stdout.write(f"{job.stage:9} job {job_id}{f' ({waits_for})' if waits_for else ''}\n")
     sys.stdout.write(f"\npython -m slurm.status {shlex.quote(str(run_dir))}\n")
+
+
+def _submit(run_dir: Path, job: Job, command: Sequence[str]) -> str:
+    try:
+        return scheduler.submit(command)
+    except UserError as error:
+        raise UserError(
+            f"stage {job.stage} could not be submitted ({str(error).rstrip('.')}); whatever came before it was: after "
+            f"a fix, `python -m slurm.resubmit {shlex.quote(str(run_dir))}` submits the rest."
+        ) from None
 
 
 def groups(job: Job, indices: Sequence[str], parents: NotDone) -> Iterator[list[str]]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from configs.loader import load_config, run_command
+from configs.loader import UserError, load_config, run_command
 from data_pipeline import doctor
 from data_pipeline.doctor import DoctorConfig, main
 from data_pipeline.embodiments import Embodiment
@@ -24,6 +24,11 @@ def examine(path: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> 
         run_command(main, DoctorConfig, description="", positional="path", argv=[str(path), *arguments])
     out, err = capsys.readouterr()
     return int(caught.value.code or 0), out, err
+
+
+def test_a_misspelt_kind_is_answered_by_a_question(tmp_path: Path):
+    with pytest.raises(UserError, match=r'^kind=lerobt: there is no such format; did you mean "lerobot"\?$'):
+        doctor.examine(tmp_path, "lerobt")
 
 
 def test_a_sound_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -86,11 +86,23 @@ def test_progress_is_read_off_the_last_whole_rows(tmp_path: Path):
     assert len(last_rows(tmp_path / "metrics.jsonl")) < 2999
 
 
-@pytest.mark.parametrize("row", ["null", "[]", "{}", '{"step": "1"}', '{"step": 1, "split": "train", "step_s": null}'])
-def test_odd_rows_are_no_harm(tmp_path: Path, row: str):
-    (tmp_path / "metrics.jsonl").write_text(row + "\n")
-    (tmp_path / "config.yaml").write_text("num_steps: [\n")
-    assert progress(tmp_path) in ("", "step 1")
+ODD = ["null", '"2.0"', "true", "[2.0]", '{"mean": 2.0}', "NaN", "Infinity", "1e999", "1" + "0" * 400, "[" * 10_000]
+
+
+@pytest.mark.parametrize("settings", ["num_steps: 9\n", "num_steps: [\n", "num_steps: true\n", "- 9\n"])
+@pytest.mark.parametrize("odd", ODD)
+def test_odd_rows_are_no_harm(tmp_path: Path, odd: str, settings: str):
+    (tmp_path / "config.yaml").write_text(settings)
+    total = " of 9" if settings == "num_steps: 9\n" else ""
+    for row in (odd, "{}", f'{{"step": {odd}, "split": "train"}}', f'{{"step": 1, "split": {odd}}}'):
+        (tmp_path / "metrics.jsonl").write_text(row + "\n")
+        assert progress(tmp_path) == ""
+    for name in ("step_s", "loss"):
+        sound = '{"step": 1, "split": "train"}\n'
+        (tmp_path / "metrics.jsonl").write_text(f'{sound}{{"step": 1, "split": "train", "{name}": {odd}}}\n')
+        assert progress(tmp_path) == f"step 1{total}"
+    (tmp_path / "results.json").write_text(f'{{"pooled": {{"policy": {{"rate": {odd}, "interval": [0, {odd}]}}}}}}')
+    assert outcome(tmp_path / "results.json").startswith(("see ", "success "))
 
 
 @pytest.mark.parametrize(
