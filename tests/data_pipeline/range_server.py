@@ -35,6 +35,10 @@ class RangeServer(ThreadingHTTPServer):
     def address(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
 
+    def note(self, path: str) -> None:
+        with self._lock:  # two threads that count at once would count one
+            self.requests[path] += 1
+
     def failure(self) -> str | None:
         """What is to happen to the next request."""
         with self._lock:
@@ -60,7 +64,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(with_body=False)
 
     def do_GET(self) -> None:
-        self.server.requests[self.path] += 1
+        self.server.note(self.path)
         time.sleep(self.server.delay_s)
         self._answer(with_body=True)
 

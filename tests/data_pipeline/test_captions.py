@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -158,13 +157,16 @@ def test_frames_are_evenly_spaced():
 
 
 def test_requests_overlap_and_captions_stay_in_order(server, tmp_path):
-    def slower_at_first(request):
-        reply = describe(request)
-        reply.pause_s = 0.15 if request.number < 4 else 0.02
-        return reply
+    fourth = threading.Event()
 
-    server.behave = slower_at_first
-    record, plan = caption(endpoint(server, concurrency=4), tmp_path / "s", [None] * 20)
+    def first_answer_after_the_fourth(request):
+        if request.clip == 3:
+            fourth.set()
+        assert request.clip != 0 or fourth.wait(60)
+        return describe(request)
+
+    server.behave = first_answer_after_the_fourth
+    record, plan = caption(endpoint(server, concurrency=4, timeout_s=90), tmp_path / "s", [None] * 20)
     assert captions_of(record) == [f"this is clip {index}" for index in range(20)]
     assert plan.threads == 4
     assert 2 <= server.max_at_once <= 4
@@ -319,13 +321,12 @@ def test_a_clip_that_fails_is_counted_by_reason(server, tmp_path, case):
     assert not any(request.path == "/elsewhere" for request in server.requests)
 
 
-@pytest.mark.parametrize("reply", [Reply(pause_s=30.0), Reply(body=b" " * 600, byte_pause_s=0.05)])
+@pytest.mark.parametrize("reply", [Reply(pause_s=3600), Reply(body=b" " * 100_000, byte_pause_s=0.05)])
 def test_a_slow_answer_is_given_up(server, tmp_path, reply):
+    """Or the test would take an hour."""
     server.behave = only_third_clip(reply)
-    started = time.monotonic()
-    record, _ = caption(endpoint(server, timeout_s=0.3, retries=1), tmp_path / "s")
+    record, _ = caption(endpoint(server, timeout_s=1.0, retries=1), tmp_path / "s")
     assert record.clips[2].reason == "endpoint_timeout"
-    assert time.monotonic() - started < 15
 
 
 def test_what_may_pass_is_tried_again_and_what_was_said_is_not(server, tmp_path):

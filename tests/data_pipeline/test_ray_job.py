@@ -1,6 +1,7 @@
 """Rows through processes: which stay, which go, what a lost one costs, and how a mistake comes back."""
 
 import errno
+import functools
 import os
 import signal
 import time
@@ -17,13 +18,17 @@ pytestmark = pytest.mark.usefixtures("ray")
 ROWS = [{"number": number} for number in range(6)]
 
 
-def make_counter():
-    """A worker that tells its process, its GPU, and how many rows it has had."""
+def make_counter(meeting: Path | None = None):
+    """A worker that tells its process, its GPU, and how many rows it has had; where two are to meet, it waits for
+    the other one with its first row."""
     rows = []
 
     def worker(row):
-        time.sleep(0.05)  # or one process would be through before the other has begun
         rows.append(row)
+        if meeting is not None:
+            (meeting / str(os.getpid())).touch()
+            while len(os.listdir(meeting)) < 2:
+                time.sleep(0.01)
         gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
         return {"number": row["number"], "pid": os.getpid(), "count": len(rows), "gpu": gpu}
 
@@ -35,7 +40,10 @@ def pids(results):
 
 
 def is_running(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def wait_until_gone(pid: int) -> None:
@@ -45,12 +53,16 @@ def wait_until_gone(pid: int) -> None:
         time.sleep(0.05)
 
 
-def test_processes_are_kept_and_make_a_worker_per_call():
-    first, second = (list(ray_job.map_rows(ROWS, make_counter, 2)) for _ in range(2))
-    for results in (first, second):
-        assert sorted(result["number"] for result in results) == list(range(6))
-        assert sum(result["count"] == 1 for result in results) == len(pids(results)) <= 2
-    assert pids(second) <= pids(first) and os.getpid() not in pids(first)
+def test_processes_are_kept_and_make_a_worker_per_call(tmp_path):
+    results = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        results.append(list(ray_job.map_rows(ROWS, functools.partial(make_counter, tmp_path / name), 2)))
+    first, second = results
+    for rows in (first, second):
+        assert sorted(row["number"] for row in rows) == list(range(6))
+        assert sum(row["count"] == 1 for row in rows) == len(pids(rows)) == 2
+    assert pids(second) == pids(first) and os.getpid() not in pids(first)
     assert list(ray_job.map_rows([], make_counter, 2)) == []
 
 
@@ -90,16 +102,16 @@ def test_who_holds_a_gpu_gives_it_back():
 def test_what_runs_ends_with_the_one_who_asked(gpus_each, tmp_path):
     def worker(row):
         if row["number"]:
-            (tmp_path / "pid").write_text(str(os.getpid()))
+            (tmp_path / str(os.getpid())).touch()  # there with its whole name, or not at all
             time.sleep(600)
         return row
 
     results = ray_job.map_rows(ROWS[:2], lambda: worker, 2, gpus_each=gpus_each)
     assert next(results) == {"number": 0}
-    while not (tmp_path / "pid").exists():
+    while not (names := os.listdir(tmp_path)):
         time.sleep(0.05)
     results.close()
-    wait_until_gone(int((tmp_path / "pid").read_text()))
+    wait_until_gone(int(names[0]))
 
 
 @pytest.mark.parametrize("gpus_each", [0, 1])
