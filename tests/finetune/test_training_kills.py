@@ -31,6 +31,7 @@ from pretrain.train import PretrainConfig, TrainConfig
 from tests.data_pipeline.tiny_dataset import tiny_dataset
 
 NUM_STEPS, CHECKPOINT_EVERY = 30, 3
+STEPS_TO_KILL_IN = 6  # a run waits for its kill after these: it may not end before
 VICTIMS = ("tree", "rank", "worker")
 TIMINGS = {"step_s", "samples_per_s", "data_wait_share", "peak_memory_gb", "model_tflops_per_device"}
 TIMINGS |= {"tokens_per_s", "model_flops_per_s", "hardware_flops_per_s", "slowest_rank_s", "median_rank_s"}
@@ -51,12 +52,13 @@ class Starter:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("w"), text=True,
         )  # fmt: skip
 
-    def start(self, config: TrainConfig, notes: Path, num_ranks: int) -> list[int]:
+    def start(self, config: TrainConfig, notes: Path, num_ranks: int, last_step: int | None = None) -> list[int]:
         notes.mkdir()
         path = notes.with_suffix(".yaml")
         path.write_text(dump_config(config))
         module = "pretrain.train" if isinstance(config, PretrainConfig) else "finetune.train"
         order = {"module": module, "config": str(path), "notes": str(notes), "num_ranks": num_ranks}
+        order["last_step"] = last_step
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
@@ -169,10 +171,12 @@ def run_with_kills(starter: Starter, config: TrainConfig, folder: Path, victims:
     """Starts the run until it is done; `folder` gets the notes of every start."""
     moments = sorted(random.sample(range(2, NUM_STEPS - 8), len(victims)))
     for number, (step, victim) in enumerate(zip(moments, victims, strict=True)):
-        pids = starter.start(config, folder / f"start_{number}", num_ranks)
-        wait_for_step(step, folder / f"start_{number}", pids, starter.log)
+        notes = folder / f"start_{number}"
+        pids = starter.start(config, notes, num_ranks, step + STEPS_TO_KILL_IN)
+        wait_for_step(step, notes, pids, starter.log)
         time.sleep(random.uniform(0, 0.1))  # in a step, while a checkpoint is written, while an old one is dropped
         kill(victim, pids)
+        (notes / "killed").touch()
         assert 0 not in starter.exit_codes(), f"{victim} was killed in vain"
         assert not (config.run_dir / "export").exists()
     starter.start(config, folder / f"start_{len(victims)}", num_ranks)

@@ -24,16 +24,18 @@ def fail_once_there_is(path: Path) -> None:
 
 
 def touch_and_sleep(path: Path) -> None:
-    path.write_text(str(os.getpid()))
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(str(os.getpid()))
+    partial.rename(path)  # whoever sees it can read it
     time.sleep(600)
 
 
 def has_ended(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
+    except (ProcessLookupError, FileNotFoundError):
         return True
-    return Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
 
 
 def test_results_come_in_the_order_of_the_jobs():
@@ -76,7 +78,7 @@ if __name__ == "__main__":
         # As a terminal starts it: where the tests run in the background, a shell has told them to ignore Ctrl-C.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    while not (pid_file.exists() and pid_file.read_text()):
+    while not pid_file.exists():
         time.sleep(0.05)
     if ask == "kill":
         toy.send_signal(signal.SIGTERM)
