@@ -6,11 +6,12 @@ unshare --map-root-user --mount python full_disk.py FOLDER        prints what wa
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from configs.loader import UserError
+from pretrain.checkpoint import Checkpoints
 from pretrain.events import EventLog
 from pretrain.metrics import MetricsLog, read_metrics
 
@@ -38,14 +39,18 @@ def told_by(work: Any) -> str:
 
 
 def train(disk: Path) -> dict[str, Any]:
+    settle = Checkpoints.settle
+
+    def settle_before_it_is_full(checkpoints: Checkpoints, wait_for_it: bool = False) -> None:
+        settle(checkpoints, wait_for_it or not (disk / "filler").exists())
+
     def on_step(step: int) -> None:
-        if step == FULL_FROM - 1:
-            time.sleep(2)  # the checkpoint before is written meanwhile, and complete when this step ends
         if step == FULL_FROM:
             fill(disk)
 
     config = tiny_config(disk / "run", NUM_STEPS, log_every=100)
-    told = told_by(lambda: tiny_run(config, on_step=on_step))
+    with patch.object(Checkpoints, "settle", settle_before_it_is_full):
+        told = told_by(lambda: tiny_run(config, on_step=on_step))
     left = sorted(path.name for path in (disk / "run" / "checkpoints").iterdir())
     (disk / "filler").unlink()
     return {"told": told, "left": left, "again": tiny_run(config), "events": rows(disk / "run" / "events.jsonl")}

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -199,12 +200,13 @@ def last_step(run_dir: Path) -> int:
     return rows[-1]["step"] if rows else 0
 
 
-def kill(run_dir: Path, torchrun: subprocess.Popen[bytes]) -> None:
-    """torchrun gives each worker a session of its own, so they are killed by the ids they wrote down."""
-    os.killpg(torchrun.pid, signal.SIGKILL)
-    for path in run_dir.glob("pid_*"):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int(path.read_text()), signal.SIGKILL)
+def kill(torchrun: subprocess.Popen[bytes]) -> None:
+    """With its ranks, which are in sessions of their own. It is stopped first, or it might start some meanwhile."""
+    torchrun.send_signal(signal.SIGSTOP)
+    for process in psutil.Process(torchrun.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    torchrun.kill()
     torchrun.wait()
 
 
@@ -215,11 +217,11 @@ def test_killed_again_and_again_under_deepspeed_on_two_ranks_it_is_the_same_run(
     reference = subprocess.Popen([*TORCHRUN, SCRIPT, alone, str(num_steps)])
     # At any moment: in a step, while a checkpoint is written, while an old one is dropped.
     for step in sorted(random.sample(range(3, num_steps - 3), NUM_KILLS)):
-        victim = subprocess.Popen([*TORCHRUN, SCRIPT, killed, str(num_steps)], start_new_session=True)
+        victim = subprocess.Popen([*TORCHRUN, SCRIPT, killed, str(num_steps), str(num_steps - 1)])
         try:
             wait_for(lambda: last_step(killed) >= step, victim, f"step {step}")  # noqa: B023
         finally:
-            kill(killed, victim)
+            kill(victim)
         assert not (killed / "export").exists()
     assert reference.wait(timeout=120) == 0
 

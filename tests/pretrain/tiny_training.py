@@ -1,6 +1,7 @@
 """A training small enough for tests: a world model of a few hundred weights and batches made in memory.
 
-As a script it is a pretraining run, `tiny_training.py RUN_DIR NUM_STEPS`, under torchrun or alone.
+As a script it is a pretraining run, `tiny_training.py RUN_DIR NUM_STEPS [HELD_AT]`, under torchrun or alone. One that
+is held at a batch takes no further step: however late a test kills it, it is in the middle.
 """
 
 import functools
@@ -143,9 +144,9 @@ def tiny_run(
 
 
 if __name__ == "__main__":
-    run_dir = Path(sys.argv[1])
+    run_dir, held_at = Path(sys.argv[1]), int(sys.argv[3]) if len(sys.argv) > 3 else None
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / f"pid_{os.environ.get('RANK', '0')}").write_text(str(os.getpid()))
-    # A step takes a while, so that a test can kill the run in the middle.
     config = tiny_config(run_dir, int(sys.argv[2]), engine={"kind": "deepspeed", "device": "cpu", "precision": "fp32"})
-    sys.exit(tiny_run(config, on_step=lambda step: time.sleep(0.03)))
+    # A step takes a while, so that a test can kill the run in one.
+    sys.exit(tiny_run(config, on_step=lambda step: time.sleep(3600 if step == held_at else 0.03)))
