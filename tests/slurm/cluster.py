@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -21,14 +21,17 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
 NODES = ("n1", "n2")
 SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 
+# Below the ports that the kernel gives to whoever asks for any: nobody else takes one of these while a daemon is gone.
+PORTS, NUM_CLUSTERS, MAX_JOBS = 18000, 6, 166
+
 # cred_expire is also how long a requeued job waits before it starts anew: two minutes unless told otherwise.
-# Jobs meet at a port that follows from their id, so two clusters on one machine must not count alike.
+# A machine that stalls for some seconds loses no node, no message and no batch script that is about to end.
 # Two partitions, so that a job can be preempted: what is submitted to `urgent` takes the nodes of jobs in `batch`.
 CONFIG = """
 ClusterName=foresight
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller_port}
-FirstJobId={controller_port}
+FirstJobId={first_job}
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmctldLogFile={folder}/slurmctld.log
 StateSaveLocation={folder}/state
@@ -48,8 +51,9 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
 ReturnToService=2
-SlurmdTimeout=10
-KillWait=5
+SlurmdTimeout=300
+MessageTimeout=60
+KillWait=30
 CompleteWait=0
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,sched_min_interval=0,batch_sched_delay=0,bf_interval=1
@@ -90,6 +94,7 @@ class Cluster:
         self.config = self.folder / "slurm.conf"
         self.environment = {**os.environ, "SLURM_CONF": str(self.config), "PATH": SEARCH_PATH}
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self._claimed = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         try:
@@ -146,20 +151,19 @@ class Cluster:
         """As if its power was cut: daemon and jobs are gone in the same moment, and the controller is told."""
         daemon = self._daemons.pop(node)
         daemon.kill()
-        for pid in self.processes(node):
-            _kill(pid)
+        _end_all(lambda: self.processes(node))
         daemon.wait()
         self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
 
     def reset(self) -> None:
         """Back to no jobs and both nodes."""
         self.run("scancel", "--user=root")
-        for pid in self.processes():
-            _kill(pid)
+        _end_all(self.processes)
         self.wait_until(lambda: not self.run("squeue", "--noheader"), "no jobs")
         for node in NODES:
             if node not in self._daemons:
                 self.return_node(node)
+        self._wait_for_nodes()
 
     def return_node(self, node: str) -> None:
         self._start_daemon(node, "slurmd", "-D", "-N", node, "-f", str(self.config))
@@ -192,14 +196,21 @@ class Cluster:
     # --- daemons ------------------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        controller_port, *node_ports = _free_ports(1 + len(NODES))
+        place = self._claimed.enter_context(_claim_place())
+        controller_port, *node_ports = (PORTS + 10 * place + number for number in range(1, 2 + len(NODES)))
         host = socket.gethostname().split(".")[0]
         nodes = "\n".join(
             f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 RealMemory=8000 State=UNKNOWN"
             for node, port in zip(NODES, node_ports, strict=True)
         )
         self.config.write_text(
-            CONFIG.format(host=host, controller_port=controller_port, folder=self.folder, nodes=nodes)
+            CONFIG.format(
+                host=host,
+                controller_port=controller_port,
+                first_job=1 + MAX_JOBS * place,
+                folder=self.folder,
+                nodes=nodes,
+            )
         )
         prolog = self.folder / "task_prolog"
         prolog.write_text(TASK_PROLOG.format(folder=self.folder))
@@ -247,9 +258,10 @@ class Cluster:
             daemon.kill()
             daemon.wait()
         self._daemons.clear()
-        for pid in _processes_with(f"SLURM_CONF={self.config}") - {os.getpid()}:  # jobs, whose daemons outlive ours
-            _kill(pid)
+        # Jobs, whose daemons outlive ours.
+        _end_all(lambda: _processes_with(f"SLURM_CONF={self.config}") - {os.getpid()})
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._claimed.close()
 
 
 # --- processes ----------------------------------------------------------------------------------------------------
@@ -278,18 +290,39 @@ def _name(pid: int) -> str:
     return ""
 
 
-def _kill(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+def _end_all(find: Callable[[], Iterable[int]]) -> None:
+    """Until none is left: what is killed may have started others, and is there for a moment more."""
+    deadline = time.monotonic() + 60
+    while pids := list(find()):
+        assert time.monotonic() < deadline, f"processes {pids} do not end"
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
 
 
-def _free_ports(number: int) -> list[int]:
-    """Different ones, because all are held until the last is found."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+@contextlib.contextmanager
+def _claim_place() -> Iterator[int]:
+    """A number that no other cluster on this machine has: its ports and its jobs' ids follow from it.
+
+    Jobs meet at 20000 + id + 997 * attempt (`slurm/training.sbatch`): those of different places never at the same port.
+    """
+    for place in range(NUM_CLUSTERS):
+        ports = range(PORTS + 10 * place, PORTS + 10 * place + 2 + len(NODES))
+        with contextlib.ExitStack() as stack:
+            claim, *others = (stack.enter_context(socket.socket()) for _ in ports)
+            try:
+                for one, port in zip((claim, *others), ports, strict=True):
+                    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    one.bind(("127.0.0.1", port))
+                    one.listen()
+            except OSError:
+                continue
+            for one in others:  # which are for the daemons
+                one.close()
+            yield place
+            return
+    raise AssertionError(f"all of {NUM_CLUSTERS} clusters are at work on this machine")
 
 
 def _last_lines(path: Path, number: int = 15) -> list[str]:

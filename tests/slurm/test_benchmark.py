@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def test_it_times_a_signal_and_a_kill(cluster: Any, tmp_path: Path):
-    config = tiny.write_training(tmp_path, tiny.write_dataset(tmp_path), checkpoint_every=1000)
+    config = tiny.write_training(tmp_path, tiny.write_dataset(tmp_path), checkpoint_every=10**6)
     command = [sys.executable, "-m", "benchmarks.slurm", "--dataset", tmp_path / "dataset", "--config", config]
     command += ["--folder", tmp_path / "benchmark", "--interruptions", "signal", "kill", "--every-s", "1"]
     command += ["--nodes", "1", "--launcher", "srun", "--no-preflight"]
