@@ -20,7 +20,6 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     BeforeValidator,
     Field,
-    NonNegativeInt,
     PositiveInt,
     StringConstraints,
     field_validator,
@@ -34,9 +33,10 @@ RUN_DIR = "$RUN_DIR"
 """Stands for the chain's folder in the overrides of a stage."""
 
 ARRAY_INDEX = "$SLURM_ARRAY_TASK_ID"
-TIME = re.compile(r"(?:\d+-)?\d+(?::\d{1,2}){0,2}")
+TIME = re.compile(r"(?:[0-9]+-)?[0-9]+(?::[0-9]{1,2}){0,2}")
+MAX_TIME_S = 366 * 24 * 3600
 
-MAX_NODES, MAX_TASKS = 10_000, 100_000
+MAX_NODES, MAX_TASKS, MAX_COUNT, MAX_SEED = 10_000, 100_000, 1_000_000, 2**63 - 1
 OURS = {"array", "dependency", "export", "job-name", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output"} | {
     *(
         "parsable",
@@ -48,18 +48,25 @@ OURS = {"array", "dependency", "export", "job-name", "nodes", "ntasks", "ntasks-
         "wait-all-nodes",
         "wrap",
         "kill-on-invalid-dep",
+        "clusters",
+        "wait",
+        "help",
+        "usage",
+        "version",
     )
 }
 """Options of sbatch that a chain sets itself, or depends on."""
 
-Override = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][\w.-]*=")]
+Override = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]*=[^\x00]*$")]
 Words = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 """Text that YAML may read as a number."""
 
-Memory = Annotated[Words, StringConstraints(pattern=r"^\d+[KMGT]?B?$")]
+Memory = Annotated[Words, StringConstraints(pattern=r"^[0-9]{1,9}[KMGT]?B?$")]
 Partition = Annotated[str, StringConstraints(pattern=r"^[\w.,-]+$")]
 
 NumNodes = Annotated[int, Field(ge=1, le=MAX_NODES)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
 
 
@@ -88,15 +95,13 @@ class StageConfig(StrictConfig):
     )
     time: Words = Field(description="limit as sbatch takes it: 30 (minutes), 12:00:00, 2-00:00:00")
     lead_s: PositiveInt = Field(300, description="seconds before the limit at which the job is told to save and stop")
-    cpus_per_node: PositiveInt | None = Field(None, description="null: the cluster's default, or with exclusive: all")
-    gpus_per_node: NonNegativeInt = Field(0, description="GPUs of every node")
-    memory: Words | None = Field(
-        None, pattern=r"^\d+[KMGT]?B?$", description="of a node as sbatch takes it: 64G, 0 (all); null: the default"
-    )
+    cpus_per_node: Count | None = Field(None, description="null: the cluster's default, or with exclusive: all")
+    gpus_per_node: int = Field(0, ge=0, le=MAX_COUNT, description="GPUs of every node")
+    memory: Memory | None = Field(None, description="of a node as sbatch takes it: 64G, 0 (all); null: the default")
     exclusive: bool = Field(False, description="nodes are shared with no other job")
     partition: Partition | None = Field(None, description="null: env.sh's")
-    max_failures: PositiveInt = Field(3, description="so many failed attempts in a row end the job")
-    sbatch: tuple[Annotated[str, StringConstraints(pattern=r"^--[a-z][a-z-]*(=\S+)?$")], ...] = Field(
+    max_failures: Count = Field(3, description="so many failed attempts in a row end the job")
+    sbatch: tuple[Annotated[str, StringConstraints(pattern=r"^--[a-z][a-z-]*(=[^\s#]+)?$")], ...] = Field(
         (), description="more options of sbatch, such as --constraint=h100 or --reservation=NAME"
     )
 
@@ -105,13 +110,16 @@ class StageConfig(StrictConfig):
     def _is_a_time(cls, text: str) -> str:
         if not TIME.fullmatch(text):
             raise ValueError("write minutes, HH:MM:SS or D-HH:MM:SS, for example 12:00:00")
+        if len(text) > 20 or seconds(text) > MAX_TIME_S:
+            raise ValueError("is more than a year; a job goes on by itself after each limit")
         return text
 
     @field_validator("sbatch")
     @classmethod
     def _leave_the_chain_its_own(cls, options: tuple[str, ...]) -> tuple[str, ...]:
         for option in options:
-            if option.partition("=")[0].removeprefix("--") in OURS:
+            name = option.partition("=")[0].removeprefix("--")
+            if any(ours.startswith(name) for ours in OURS):  # sbatch takes names cut short, too
                 raise ValueError(f"{option}: a chain sets this itself; use the stage's other settings")
         return options
 
@@ -132,15 +140,23 @@ class DataConfig(StageConfig):
 
     kind: Literal["array", "ray"] = Field("array", description="many small jobs, or one of several nodes")
     parts: int = Field(1, ge=1, le=MAX_TASKS, description="of an array: tasks, each with its share of the episodes")
-    max_at_once: PositiveInt | None = Field(None, description="of an array: tasks at work at the same time; null: any")
+    max_at_once: Count | None = Field(None, description="of an array: tasks at work at the same time; null: any")
     nodes: NumNodes = Field(1, description="of a Ray cluster")
+
+    @model_validator(mode="after")
+    def _has_what_its_kind_has(self) -> "DataConfig":
+        if self.kind == "array" and self.nodes > 1:
+            raise ValueError(f"nodes={self.nodes} is for kind=ray; an array has parts, each on a node of its own")
+        if self.kind == "ray" and (self.parts > 1 or self.max_at_once is not None):
+            raise ValueError("parts and max_at_once are for kind=array; a Ray cluster has nodes")
+        return self
 
 
 class TrainingConfig(StageConfig):
     """`pretrain.train` or `finetune.train`."""
 
     nodes: NumNodes | NodeRange = Field(1, description="a number, or {min: 2, max: 8}")
-    ranks_per_node: PositiveInt | None = Field(None, description="null: one for each GPU, without GPUs one")
+    ranks_per_node: Count | None = Field(None, description="null: one for each GPU, without GPUs one")
     launcher: Literal["torchrun", "srun"] = Field(
         "torchrun", description="one task per node, which starts the ranks, or one task per rank"
     )
@@ -176,8 +192,8 @@ class FinetuneConfig(TrainingConfig):
     """`finetune.train`, once for each preset and seed, as a job array."""
 
     presets: tuple[Preset, ...] = Field((), description="runs that differ; none: one run")
-    seeds: tuple[NonNegativeInt, ...] = Field((), description="each preset once for every seed")
-    max_at_once: PositiveInt | None = Field(None, description="runs at work at the same time; null: any")
+    seeds: tuple[Seed, ...] = Field((), description="each preset once for every seed")
+    max_at_once: Count | None = Field(None, description="runs at work at the same time; null: any")
 
     @model_validator(mode="after")
     def _runs_have_their_own_names(self) -> "FinetuneConfig":
@@ -210,8 +226,9 @@ class ChainConfig(StrictConfig):
     @field_validator("run_dir")
     @classmethod
     def _fits_into_scripts(cls, path: Path) -> Path:
-        if re.search(r"[\s%\\\"'$`]", str(path)):  # sbatch has its own ideas of % and blanks in names of output files
-            raise ValueError("choose a folder without spaces, quotes, $, %, ` and backslashes in its path")
+        # sbatch has its own ideas of % and blanks in names of output files, and # begins a comment in its options.
+        if re.search(r"[\s%\\\"'$`#]", str(path)) or not str(path).isprintable():
+            raise ValueError("choose a folder without spaces, quotes, $, %, #, ` and backslashes in its path")
         return path
 
     @model_validator(mode="after")

@@ -12,12 +12,12 @@ from pydantic import Field, ValidationError
 from configs.loader import StrictConfig, UserError
 from configs.problems import explain
 
-_LINE = re.compile(r"(?P<export>export\s+)?(?P<name>[A-Za-z_]\w*)=(?P<value>.*)")
+_LINE = re.compile(r"(?P<export>export\s+)?(?P<name>[A-Za-z_]\w*)=(?P<value>.*)", re.ASCII)
 # A value is one word of bash: bare, in single quotes, or in double quotes; a comment may follow.
 _VALUE = re.compile(r"""(?:(?P<bare>[^\s"'#][^\s"']*)|'(?P<single>[^']*)'|"(?P<double>[^"]*)")?(?:\s*|\s+\#.*)""")
 
-
-ONE_WORD = r"^\S*$"
+ONE_WORD = r"^[^\s#'\"]*$"
+"""As an option of sbatch is read, in which # begins a comment."""
 
 
 class ClusterConfig(StrictConfig):
@@ -36,6 +36,9 @@ class ClusterConfig(StrictConfig):
     mounts: str = Field("", alias="MOUNTS", description="host folders, comma-separated: folder or folder:inside")
     network_interface: str = Field("", alias="NETWORK_INTERFACE", description="that ranks talk over")
     scratch: str = Field("/tmp", alias="SCRATCH", pattern=r"^[/$]", description="a node's own disk")
+
+
+SETTINGS = {field.alias for field in ClusterConfig.model_fields.values()}
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ def read_environment(path: Path) -> Environment:
 
 
 def _read_line(line: str, where: str) -> tuple[str, str, bool]:
+    if not line.replace("\t", " ").isprintable():
+        raise UserError(f"{where}: {line!r} holds characters that cannot be seen; type the line anew.")
     match = _LINE.fullmatch(line)
     value = _VALUE.fullmatch(match["value"]) if match else None
     if value and "~" in (value["bare"] or "")[:1]:
@@ -84,6 +89,8 @@ def _read_line(line: str, where: str) -> tuple[str, str, bool]:
             f"{where}: {line!r} is neither NAME=value nor `export NAME=value` with one value; put what has spaces "
             "in quotes, and commands into a file that SETUP names."
         )
+    if match["export"] and match["name"] in SETTINGS:
+        raise UserError(f"{where}: {match['name']} is a setting of this file; write it without `export`.")
     word = next((text for text in value.groups() if text is not None), "")
     if value["single"] is not None:
         if "$" in word:
@@ -103,7 +110,10 @@ def _check_container(cluster: ClusterConfig, path: Path) -> None:
     if not cluster.image:
         raise UserError(f"{path}: CONTAINER={cluster.container} needs IMAGE, a file or docker://...")
     image = os.path.expandvars(cluster.image)
-    if image.startswith(("/", "./", "~")) and not Path(image).expanduser().exists():
+    is_file = image.startswith(("/", "./"))
+    if cluster.container == "apptainer" and "$" not in image:
+        is_file |= ":" not in image.partition("/")[0]  # as in docker://...
+    if is_file and not Path(image).exists():
         raise UserError(f"{path}: there is no IMAGE={image}; build or import it first, or correct its path.")
 
 
@@ -112,7 +122,9 @@ def _check_files(cluster: ClusterConfig, path: Path) -> None:
     named = {"SETUP": cluster.setup, "PYTHON": cluster.python if cluster.container == "none" else ""}
     for name, value in named.items():
         file = os.path.expandvars(value)
-        if "$" not in file and file and not os.access(file, os.R_OK) and shutil.which(file) is None:
+        if "$" in file or not file:
+            continue
+        if not (Path(file).is_file() and os.access(file, os.R_OK)) and shutil.which(file) is None:
             raise UserError(f"{path}: there is no {name}={value} here; correct its path, or leave it empty.")
 
 

@@ -88,6 +88,8 @@ def test_parts_of_a_build_are_one_pattern():
     [
         ("run_dir: r\nstages: {}\n", "stages is empty"),
         ("run_dir: a b\nstages: {data: {config: c, time: 5}}\n", "without spaces"),
+        ("run_dir: a#b\nstages: {data: {config: c, time: 60}}\n", "without spaces, quotes, $, %, #"),
+        ('run_dir: "a\\x07"\nstages: {data: {config: c, time: 60}}\n', "without spaces"),
         ("run_dir: r\nstages: {data: {config: c, time: soon}}\n", "HH:MM:SS"),
         ("run_dir: r\nstages: {data: {config: c, time: 00:05:00}}\n", "lead_s=300 leaves nothing of time=00:05:00"),
         ("run_dir: r\nstages: {dta: {config: c, time: 60}}\n", 'did you mean "stages.data"'),
@@ -112,6 +114,19 @@ def test_parts_of_a_build_are_one_pattern():
             "run_dir=x: where a stage writes",
         ),
         ("run_dir: r\nstages: {pretrain: {config: c, time: 60, nodes: {min: 1, max: 1000000}}}\n", "10000"),
+        ("run_dir: r\nstages: {pretrain: {config: c, time: 60, nodes: 1e30}}\n", "nodes"),
+        ("run_dir: r\nstages: {pretrain: {config: c, time: 60, nodes: -1}}\n", "nodes"),
+        ("run_dir: r\nstages: {pretrain: {config: c, time: 60, gpus_per_node: 1000000000000}}\n", "gpus_per_node"),
+        ("run_dir: r\nstages: {pretrain: {config: c, time: 60, max_failures: 10000000000000000000}}\n", "max_failures"),
+        ("run_dir: r\nstages: {data: {config: c, time: 99999999}}\n", "more than a year"),
+        ("run_dir: r\nstages: {data: {config: c, time: \u0663\u0660}}\n", "HH:MM:SS"),
+        ("run_dir: r\nstages: {data: {config: c, time: 60, sbatch: [--arr=1-9]}}\n", "--arr=1-9: a chain sets this"),
+        ("run_dir: r\nstages: {data: {config: c, time: 60, sbatch: [--wait]}}\n", "--wait: a chain sets this"),
+        ("run_dir: r\nstages: {data: {config: c, time: 60, sbatch: [--comment=a#b]}}\n", "stages.data.sbatch"),
+        ("run_dir: r\nstages: {data: {config: c, time: 60, nodes: 2}}\n", "nodes=2 is for kind=ray"),
+        ("run_dir: r\nstages: {data: {config: c, time: 60, kind: ray, parts: 2}}\n", "are for kind=array"),
+        ('run_dir: r\nstages: {data: {config: c, time: 60, overrides: ["a=\\0"]}}\n', "stages.data.overrides"),
+        ("run_dir: r\nstages: {finetune: {config: c, time: 60, seeds: [1e40]}}\n", "seeds"),
     ],
 )
 def test_a_chain_that_cannot_be_is_refused_in_one_sentence(tmp_path: Path, text: str, said: str):
