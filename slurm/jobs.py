@@ -1,10 +1,14 @@
 """What was submitted for a chain: `RUN_DIR/jobs.json`, and what has become of each task."""
 
+import fcntl
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
 
 from configs.loader import UserError, load_config
 
@@ -12,7 +16,7 @@ from .attempts import Attempt, read_attempts
 from .chain import ChainConfig, Job, StageName, Task, plan_jobs
 from .scheduler import QueuedTask
 
-CHAIN_FILE, JOBS_FILE = "chain.yaml", "jobs.json"
+CHAIN_FILE, JOBS_FILE, LOCK_FILE = "chain.yaml", "jobs.json", ".submitting"
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,17 @@ class Submission:
     tasks: dict[str, str]  # index in the array ("" where it is none) -> name
     depends_on: list[str]  # ids
     submitted: str
+
+
+@dataclass(frozen=True)
+class _Known:
+    """The whole file."""
+
+    jobs: list[Submission]
+    run_dir: str = ""
+
+
+_KNOWN = TypeAdapter(_Known)
 
 
 def read_chain(run_dir: Path) -> ChainConfig:
@@ -41,13 +56,13 @@ def read_submissions(run_dir: Path) -> list[Submission]:
     if not path.is_file():
         return []
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-        submitted_as = Path(known.get("run_dir", run_dir))
-        submissions = [Submission(**row) for row in known["jobs"]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); restore it, or submit into another run_dir.") from None
-    _check_place(run_dir, submitted_as)
-    return submissions
+        known = _KNOWN.validate_json(path.read_bytes(), strict=True)
+    except ValidationError:
+        raise UserError(
+            f"{path}: is not as slurm.submit writes it; restore it, or submit into another run_dir."
+        ) from None
+    _check_place(run_dir, Path(known.run_dir or run_dir))
+    return known.jobs
 
 
 def _check_place(run_dir: Path, submitted_as: Path) -> None:
@@ -70,6 +85,20 @@ def write_submissions(run_dir: Path, submissions: Iterable[Submission]) -> None:
     known = {"run_dir": os.path.abspath(run_dir), "jobs": [asdict(one) for one in submissions]}
     partial.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, run_dir / JOBS_FILE)
+
+
+@contextmanager
+def only_one(run_dir: Path) -> Iterator[None]:
+    """Entered while jobs are submitted: of two commands that ask at the same time what is due, both would submit it."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / LOCK_FILE).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{run_dir}: another command is just submitting its jobs; try again in a minute.") from None
+        except OSError:  # a file system that has no locks
+            pass
+        yield
 
 
 NotDone = Mapping[str, str]

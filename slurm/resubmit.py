@@ -8,6 +8,7 @@ that it names and env.sh. What waits or works already is left alone, but for job
 """
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from pydantic import Field
@@ -15,8 +16,8 @@ from pydantic import Field
 from configs.loader import StrictConfig, UserError, run_command
 
 from . import scheduler
-from .chain import StageName
-from .jobs import read_chain, read_states, read_submissions, tasks_at_work
+from .chain import ChainConfig, StageName
+from .jobs import only_one, read_chain, read_states, read_submissions, tasks_at_work
 from .submit import check_partitions, submit_all, write_files, write_texts
 
 WAITS_FOR_EVER = "DependencyNeverSatisfied"
@@ -31,6 +32,11 @@ class ResubmitConfig(StrictConfig):
 
 def main(config: ResubmitConfig) -> int:
     chain = read_chain(config.run_dir)
+    with nullcontext() if config.dry_run else only_one(chain.run_dir):
+        return resubmit(chain, config.dry_run)
+
+
+def resubmit(chain: ChainConfig, only_say: bool) -> int:
     submissions = read_submissions(chain.run_dir)
     queue = scheduler.read_queue((one.job_id for one in submissions), ", so nothing is submitted")
     ending = [job_id for (job_id, _), one in queue.items() if one.state == "COMPLETING"]
@@ -45,7 +51,7 @@ def main(config: ResubmitConfig) -> int:
             sys.stdout.write(f"{state.job.stage:9} {state.task.name}: {state.word}, so it is due\n")
     if not due:
         raise UserError(f"{chain.run_dir}: nothing is due; see `python -m slurm.status {chain.run_dir}`.")
-    if config.dry_run:
+    if only_say:
         return 0
     jobs = {state.job.stage: state.job for state in states if state.job.stage in due}
     check_partitions(chain, list(jobs.values()))

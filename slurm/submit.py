@@ -24,7 +24,16 @@ from configs.loader import UserError, dump_config, run_command
 from . import scheduler
 from .chain import REPOSITORY, ChainConfig, Job, StageName, TrainingConfig, plan_jobs, seconds
 from .environment import filled_in, read_environment
-from .jobs import CHAIN_FILE, NotDone, Submission, read_states, read_submissions, tasks_at_work, write_submissions
+from .jobs import (
+    CHAIN_FILE,
+    NotDone,
+    Submission,
+    only_one,
+    read_states,
+    read_submissions,
+    tasks_at_work,
+    write_submissions,
+)
 from .render import Place, array_option, render, script_path
 from .stage_settings import check_stages
 
@@ -48,7 +57,7 @@ class Script:
 def main(config: SubmitConfig) -> int:
     chain = absolute(config)
     for above in (Path.cwd(), REPOSITORY):  # run_dir would be a folder among others there, or hold them all
-        if above.is_relative_to(chain.run_dir):
+        if Path(os.path.realpath(above)).is_relative_to(os.path.realpath(chain.run_dir)):
             raise UserError(f"run_dir={config.run_dir} is or holds {above}; choose a folder of its own.")
     jobs = plan_jobs(chain)
     if config.stage is not None:
@@ -58,20 +67,26 @@ def main(config: SubmitConfig) -> int:
     if config.dry_run:
         sys.stdout.write(dry_run(write_texts(chain, jobs)))
         return 0
+    refuse_what_was_submitted(chain, jobs)
+    check_partitions(chain, jobs)
+    scripts = write_texts(chain, jobs)
+    with only_one(chain.run_dir):
+        refuse_what_was_submitted(chain, jobs)  # meanwhile
+        write_files(chain, scripts)
+        due = {script.job.stage: list(script.job.tasks) for script in scripts}
+        submissions = read_submissions(chain.run_dir)
+        queue = scheduler.read_queue((one.job_id for one in submissions), ", so nothing is submitted")
+        submit_all(chain.run_dir, scripts, due, tasks_at_work(read_states(chain, queue)))
+    return 0
+
+
+def refuse_what_was_submitted(chain: ChainConfig, jobs: Sequence[Job]) -> None:
     known = {one.stage for one in read_submissions(chain.run_dir)} & {job.stage for job in jobs}
     if known:
         raise UserError(
             f"{chain.run_dir}: {', '.join(sorted(known))} was submitted before; look with `python -m slurm.status`, go "
             f"on with `python -m slurm.resubmit {chain.run_dir}`, or choose another run_dir."
         )
-    check_partitions(chain, jobs)
-    scripts = write_texts(chain, jobs)
-    write_files(chain, scripts)
-    due = {script.job.stage: list(script.job.tasks) for script in scripts}
-    submissions = read_submissions(chain.run_dir)
-    queue = scheduler.read_queue((one.job_id for one in submissions), ", so nothing is submitted")
-    submit_all(chain.run_dir, scripts, due, tasks_at_work(read_states(chain, queue)))
-    return 0
 
 
 def absolute(config: ChainConfig) -> ChainConfig:
@@ -160,7 +175,7 @@ def submit_all(
                 submitted=datetime.now(UTC).isoformat(timespec="seconds"),
             )
             submissions.append(submission)
-            write_submissions(run_dir, submissions)  # at once: whatever comes next, this one is in the queue
+            _note(run_dir, submissions)  # at once: whatever comes next, this one is in the queue
             not_done.setdefault(job.stage, {}).update(dict.fromkeys(indices, job_id))
             sys.stdout.write(f"{job.stage:9} job {job_id}{f' ({waits_for})' if waits_for else ''}\n")
     sys.stdout.write(f"\npython -m slurm.status {shlex.quote(str(run_dir))}\n")
@@ -173,6 +188,18 @@ def _submit(run_dir: Path, job: Job, command: Sequence[str]) -> str:
         raise UserError(
             f"stage {job.stage} could not be submitted ({str(error).rstrip('.')}); whatever came before it was: after "
             f"a fix, `python -m slurm.resubmit {shlex.quote(str(run_dir))}` submits the rest."
+        ) from None
+
+
+def _note(run_dir: Path, submissions: Sequence[Submission]) -> None:
+    """A job that is in no list is one that nobody would look after."""
+    try:
+        write_submissions(run_dir, submissions)
+    except OSError as error:
+        scheduler.cancel([submissions[-1].job_id])
+        raise UserError(
+            f"{run_dir}: job {submissions[-1].job_id} cannot be noted ({error.strerror}), so it was cancelled; see to "
+            f"its disk's space and permissions, then `python -m slurm.resubmit {run_dir}`."
         ) from None
 
 
