@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -49,6 +50,8 @@ class Parser(argparse.ArgumentParser):
 
 def run(main: Callable[[], int]) -> NoReturn:
     """Runs a command and exits with its code."""
+    if isinstance(sys.stdout, TextIOWrapper):  # names of files may be no UTF-8, and terminals may speak another code
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main()
         sys.stdout.flush()
@@ -115,7 +118,7 @@ def write_whole(path: Path, text: str) -> None:
     """A small file that is there whole or not at all."""
     partial = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files may be no UTF-8
         os.replace(partial, path)
     except OSError:
         partial.unlink(missing_ok=True)
@@ -197,8 +200,9 @@ def attempt_numbers(folder: Path) -> list[int]:
 
 def rank_rows(logs: Path) -> list[dict[str, Any]]:
     """How the ranks of an attempt ended, in their order: what `slurm.rank` has noted, without what cannot be read."""
-    rows = (row for path in logs.glob("rank_*.json") for row in read_rows(path)[:1])
-    return sorted((row for row in rows if isinstance(row.get("rank"), int)), key=lambda row: row["rank"])
+    rows = [row for path in logs.glob("rank_*.json") for row in read_rows(path)[:1] if isinstance(row.get("rank"), int)]
+    readable = [{**row, "exit_code": _integer(row.get("exit_code"))} for row in rows]
+    return sorted(readable, key=lambda row: row["rank"])
 
 
 def preflight_rows(folder: Path) -> dict[str, dict[str, Any]]:
@@ -223,4 +227,4 @@ def _integer(value: Any) -> int | None:
 
 
 def _path(value: Any) -> Path | None:
-    return Path(value) if isinstance(value, str) else None
+    return Path(value) if isinstance(value, str) and "\0" not in value else None

@@ -319,6 +319,9 @@ def test_the_ranks_say_how_they_ended(tmp_path: Path, launcher: int, ranks: list
         note_rank(tmp_path, 1, rank, code)
     (tmp_path / LOGS / "attempt_001" / "rank_0099.json").write_text("{")
     assert command_exit_code(tmp_path / LOGS / "attempt_001", launcher) == expected
+    (tmp_path / LOGS / "attempt_001" / "rank_0098.json").write_text('{"rank": 98, "exit_code": [0]}')
+    expected = expected if expected in (2, 93) else launcher or 1  # it may have ended otherwise
+    assert command_exit_code(tmp_path / LOGS / "attempt_001", launcher) == expected
 
 
 # --- as a command -------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from slurm import errors
-from slurm.attempt_files import LOGS, read_attempts, run
+from slurm.attempt_files import LOGS, read_attempts, run, write_whole
 from slurm.attempts import begin, end
 from slurm.errors import LOST_CONTACT, SPOKE, VANISHED, error_page, find_endings
 
@@ -187,13 +187,18 @@ def test_a_node_that_was_not_fit_comes_first(job: Job) -> None:
 
 
 @pytest.mark.parametrize("ended", ["NaN", "1e300", "-1", '"later"', "null", "true"])
-@pytest.mark.parametrize("other", ['"host": {"x": 1}', '"pid": "x"', '"exit_code": 99999999999999999999999'])
+@pytest.mark.parametrize(
+    "other",
+    ['"host": {"x": 1}', '"host": "\\ud800"', '"pid": "x"', '"exit_code": 99999999999999999999999', '"exit_code": [1]'],
+)
 def test_rows_may_hold_anything(job: Job, ended: str, other: str) -> None:
     (job.logs / "rank_0000.json").write_text(f'{{"rank": 0, "ended": {ended}, {other}}}')
     (job.run_dir / "events.jsonl").write_text(
         '{"event": "failed", "time": "2999", "rank": 0, "error": {}, "step": [1]}'
     )
-    assert "rank 0 on" in section(job.page(), "first")
+    page = job.page()
+    assert "rank 0 on" in section(page, "first")
+    write_whole(job.folder / "errors.txt", page)
 
 
 def test_logs_may_hold_anything(job: Job) -> None:
