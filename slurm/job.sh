@@ -1,7 +1,5 @@
 # --- what every job does (slurm/job.sh) -------------------------------------------------------------------------------
 
-set -u # and no -e: the exit code of a step decides what comes next
-
 say() { echo "$(date '+%F %T') $*"; }
 mistake() { # nothing that another attempt would mend
     echo "error: $*" >&2
@@ -10,18 +8,25 @@ mistake() { # nothing that another attempt would mend
 JOB=$SLURM_JOB_ID # which of one task of an array may be that of all
 [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || JOB=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 job_says() { scontrol show job "$JOB" | tr ' ' '\n' | sed -n "s/^$1=//p" | head -n 1; }
+can_be_written() { # a full quota shows only when one writes
+    local probe=$1/.room_$SLURM_JOB_ID code
+    mkdir -p "$1" && head -c 1000000 /dev/zero >"$probe"
+    code=$?
+    rm -f "$probe"
+    return $code
+} 2>/dev/null
 
 cd "$WORK_DIR" || mistake "$WORK_DIR cannot be entered on $(hostname); submit from a folder that all nodes see."
 command -v scontrol >/dev/null ||
     mistake "there is no scontrol on $(hostname), which requeues the job; submit from outside of any container."
 [ -x "$HOST_PYTHON" ] || HOST_PYTHON=python3
 export PYTHONPATH=$REPOSITORY${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-mkdir -p "$SCRATCH"
-for folder in "$JOB_FOLDER" "$SCRATCH"; do
-    { mkdir -p "$folder" && head -c 1000000 /dev/zero >"$folder/.room_$SLURM_JOB_ID"; } 2>/dev/null ||
-        mistake "$folder cannot be written on $(hostname): is its disk or your quota full?"
-    rm "$folder/.room_$SLURM_JOB_ID"
-done
+can_be_written "$JOB_FOLDER" || mistake "$JOB_FOLDER cannot be written on $(hostname): is its disk or your quota full?"
+if [ "${PREFLIGHT:-no}" = yes ]; then # it looks at every node, and a job stays away from those that are full
+    mkdir -p "$SCRATCH"
+else
+    can_be_written "$SCRATCH"
+fi || mistake "$SCRATCH cannot be written on $(hostname): is it the right SCRATCH in env.sh, and is there room?"
 # Compiled kernels: a home folder would be slow, and shared by all nodes at once.
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$SCRATCH/triton-$(id -un)}
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$SCRATCH/inductor-$(id -un)}
@@ -52,6 +57,7 @@ begin_attempt() { # counts it, and makes the folder for its logs
 
 run_step() { # srun in the background, or bash would answer no signal before it ends
     local seen code
+    [ "$IS_STOPPING" = no ] || return 75 # a signal came before there was a step to pass it on to
     "${SRUN[@]}" "$@" >>"$ATTEMPT_LOGS/launcher.log" 2>&1 &
     STEP=$!
     while :; do # a signal interrupts `wait`

@@ -123,6 +123,7 @@ def _probe_disk(disk: Path, min_free_gb: float) -> tuple[float | None, str | Non
     probe = disk / f".preflight-{socket.gethostname()}-{os.getpid()}"
     content = os.urandom(PROBE_BYTES)
     try:
+        disk.mkdir(parents=True, exist_ok=True)
         free_gb = shutil.disk_usage(disk).free / 1e9
         if free_gb < min_free_gb:
             return free_gb, f"{disk}: has {free_gb:.1f} GB free, less than {min_free_gb:g}"

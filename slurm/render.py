@@ -1,10 +1,13 @@
 """Jobs as plain sbatch files: options and settings first, then `job.sh` and the job's template, as they stand here."""
 
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from configs.loader import UserError
 
 from .chain import ARRAY_INDEX, REPOSITORY, ChainConfig, DataConfig, Job, Task, TrainingConfig, job_folder, seconds
 from .environment import Environment, filled_in
@@ -34,9 +37,12 @@ def render(job: Job, chain: ChainConfig, environment: Environment, place: Place,
         "",
         f"# Stage {job.stage} of {chain.run_dir}, written by slurm.submit. All that it does stands here.",
         "",
-        *settings(job, chain, environment, place, node_counts),
-        "",
         *preparations(environment),
+        "set -u # and no -e: the exit code of a step decides what comes next",
+        "",
+        *settings(job, chain, environment, place, node_counts),
+        *folders_to_mount(environment),
+        "",
         *which_task(job),
     ]
     pieces = ["\n".join(lines) + "\n", *((TEMPLATES / name).read_text() for name in (SHARED, job.template))]
@@ -190,6 +196,14 @@ def _srun(chain: ChainConfig, environment: Environment, place: Place) -> Iterato
         yield f"--container-workdir={_quoted(place.work_dir)}"
 
 
+def folders_to_mount(environment: Environment) -> Iterator[str]:
+    """What a container cannot be started without."""
+    if environment.cluster.container != "none":
+        yield ""
+        yield "# On every node: a disk of its own may not have the folder yet."
+        yield 'timeout 60 srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 mkdir -p "$SCRATCH"'
+
+
 def _python(chain: ChainConfig, environment: Environment, place: Place, gpus: int) -> Iterator[str]:
     cluster = environment.cluster
     if cluster.container == "apptainer":
@@ -204,8 +218,13 @@ def _python(chain: ChainConfig, environment: Environment, place: Place, gpus: in
 
 def _mounts(chain: ChainConfig, environment: Environment, place: Place) -> Mapping[str, str]:
     """Folders of the host, and where they are seen inside."""
-    own = [str(place.repository), str(place.work_dir), str(chain.run_dir), environment.cluster.scratch]
-    mounts = dict(zip(own, own, strict=True))
+    own = [str(place.repository), str(place.work_dir), str(chain.run_dir)]
+    for folder in own:
+        if re.search(r"[,:\"$`\\]", folder):
+            raise UserError(
+                f'{folder}: cannot be mounted into a container; rename it, without , : " $ ` and backslashes.'
+            )
+    mounts = {folder: folder for folder in [*own, environment.cluster.scratch]}
     for mount in filter(None, environment.cluster.mounts.split(",")):
         outside, _, inside = mount.strip().partition(":")
         mounts[outside] = inside or outside

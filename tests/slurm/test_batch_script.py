@@ -250,6 +250,15 @@ def test_a_container_is_given_the_command_and_the_folders(chain: Chain):
 # --- in its first lines -------------------------------------------------------------------------------------------
 
 
+def script_in(folder: Path) -> str:
+    """A training's batch script, with paths that are there."""
+    scripts = runpy.run_path(str(Path(__file__).with_name("test_dry_run.py")))
+    (script,) = scripts["scripts_of"]("1_node", folder)
+    text = script.text.replace("/home/me/foresight/.venv/bin/python", sys.executable)
+    text = text.replace("/home/me/foresight", str(REPOSITORY)).replace("/shared/runs", str(folder))
+    return text.replace("SCRATCH=/tmp", f"SCRATCH={folder}")
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -259,10 +268,7 @@ def test_a_container_is_given_the_command_and_the_folders(chain: Chain):
     ],
 )
 def test_what_a_node_lacks_is_told_in_the_first_lines(tmp_path: Path, change: tuple[str, str], said: str):
-    scripts = runpy.run_path(str(Path(__file__).with_name("test_dry_run.py")))
-    (script,) = scripts["scripts_of"]("1_node", tmp_path)
-    text = script.text.replace("/home/me/foresight", str(REPOSITORY)).replace("/shared/runs", str(tmp_path))
-    text = text.replace("SCRATCH=/tmp", f"SCRATCH={tmp_path}")
+    text = script_in(tmp_path)
     assert change[0] in text
     process = subprocess.run(
         ["/bin/bash"],
@@ -273,3 +279,31 @@ def test_what_a_node_lacks_is_told_in_the_first_lines(tmp_path: Path, change: tu
     )
     errors = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
     assert process.returncode == 2 and len(errors) == 1 and said in errors[0], process.stderr
+
+
+def test_a_signal_that_comes_before_there_is_a_step_starts_none(tmp_path: Path):
+    """As a preemption in the first second: nobody would pass it on later, and the job would be killed in the end."""
+    commands = {
+        "scontrol": 'case "$*" in *hostnames*) kill -USR2 $SCRIPT; echo n1 ;; *job*) echo JobState=RUNNING ;; esac',
+        "srun": f"touch {tmp_path}/started",
+    }
+    for name, text in commands.items():
+        (tmp_path / name).write_text(f'#!/bin/bash\necho "$*" >> {tmp_path}/called\n{text}\n')
+        (tmp_path / name).chmod(0o755)
+    environment = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "n1",
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_CPUS_ON_NODE": "1",
+    }
+    process = subprocess.run(
+        ["/bin/bash"],
+        input=f"export SCRIPT=$$\n{script_in(tmp_path)}",
+        capture_output=True,
+        text=True,
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", **environment},
+    )
+    assert process.returncode == 75 and "USR2: the job is to end" in process.stdout, process.stdout + process.stderr
+    assert not (tmp_path / "started").exists()
+    assert "requeue 7" in (tmp_path / "called").read_text()
+    assert [one.verdict for one in read_attempts(tmp_path / "small/slurm/pretrain")] == ["requeue"]

@@ -60,8 +60,7 @@ def check(command: Callable[..., Any], folder: Path, *arguments: str) -> tuple[i
 
 
 def test_a_sound_node_leaves_a_row_and_nothing_else(tmp_path: Path, command: Callable[..., Any]) -> None:
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
+    scratch = tmp_path / "scratch" / "of_this_node"  # which the node that the batch script runs on alone has so far
     code, row = check(command, tmp_path / "rows", "--disk", str(scratch), "--min-free-gb", "0.01")
     assert code == 0 and row["problems"] == {} and row["node"] == "n1" and row["memory_gb"] > 0
     assert set(row["free_gb"]) == {str(tmp_path / "rows"), str(scratch)}
@@ -83,8 +82,8 @@ def test_a_disk_that_refuses_or_forgets_is_told(
 ) -> None:
     refused = check(command, tmp_path, "--disk", "/proc", "--min-free-gb", "0")[1]["problems"]
     assert refused["disk /proc"].startswith("/proc: cannot be written (")
-    assert check(command, tmp_path, "--disk", "/not/there")[1]["problems"] == {
-        "disk /not/there": "/not/there: cannot be written (No such file or directory)"
+    assert check(command, tmp_path, "--disk", "/proc/not/there")[1]["problems"] == {
+        "disk /proc/not/there": "/proc/not/there: cannot be written (No such file or directory)"
     }
     monkeypatch.setattr(Path, "read_bytes", lambda path: b"something else")
     assert "gives back other bytes than were written" in check(command, tmp_path)[1]["problems"][f"disk {tmp_path}"]
