@@ -7,6 +7,7 @@ single sample. Fréchet distances compare what may happen with what did, and are
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from configs.loader import StrictConfig, UserError
 from data_pipeline.video_io import encode_video
 from data_pipeline.video_quality import PixelError, moving_pixels
 
-from .engine import Engine, EngineConfig
+from .engine import Engine
 from .steps import num_samples
 from .video_metrics.frechet import frechet_distance, latent_features
 from .video_metrics.i3d import MIN_FRAMES, I3d
@@ -73,16 +74,15 @@ class MetricNetworks:
 
 
 def ready_to_imagine(
-    config: ImagineConfig, model: nn.Module, engine: EngineConfig, buckets: Iterable[str], device: torch.device
+    config: ImagineConfig, model: nn.Module, buckets: Iterable[str], device: torch.device
 ) -> MetricNetworks:
-    """The networks, on this device. A `UserError` where this model, this engine or these clips would not do."""
+    """The networks, on this device. A `UserError` where this model or these clips would not do."""
     if not config.clips:
         return MetricNetworks()
     if not isinstance(model, ObservationSpaceWorldModel):
         raise UserError(
             f"imagine.clips={config.clips}, but only a world model of video imagines clips; set it to 0 here."
         )
-    _check_computes_alone(config, engine)
     lpips = i3d = None
     if config.lpips_backbone is not None and config.lpips_heads is not None:
         lpips = Lpips.load(config.lpips_backbone, config.lpips_heads).to(device)
@@ -91,22 +91,6 @@ def ready_to_imagine(
     for bucket in buckets:
         _check_size(bucket, lpips, i3d)
     return MetricNetworks(lpips, i3d)
-
-
-def _check_computes_alone(config: ImagineConfig, engine: EngineConfig) -> None:
-    """Ranks imagine different numbers of clips, so none may wait for another while it does."""
-    is_cut = {
-        "engine.zero_stage=3": engine.kind == "deepspeed" and engine.zero_stage == 3,
-        "engine.sharding=fsdp2": engine.kind == "accelerate" and engine.sharding == "fsdp2",
-        f"engine.sequence_parallel={engine.sequence_parallel}": engine.sequence_parallel > 1,
-    }
-    for setting, applies in is_cut.items():
-        if applies:
-            raise UserError(
-                f"imagine.clips={config.clips}: each rank imagines its clips by itself, but with {setting} none can "
-                "compute alone; set imagine.clips=0, and imagine clips with python -m pretrain.rollout from a "
-                "checkpoint's export."
-            )
 
 
 def _check_size(bucket: str, lpips: Lpips | None, i3d: I3d | None) -> None:
@@ -142,6 +126,8 @@ class Imagination:
     """Imagines and measures the clips of one validation: of the same global batches always the same ones.
 
     They are spread evenly over each global batch, and so over the ranks. A clip draws its noise by its number.
+    Ranks imagine a clip each at the same time, for each may need what lies on the others: who has none left takes one
+    that nobody looks at. Of ranks that share a sequence, and so its clip, the first one measures it and writes it.
     """
 
     def __init__(
@@ -162,17 +148,20 @@ class Imagination:
         self._judged: dict[int, Judged] = {}
 
     def look_at(self, batch: Batch) -> None:
-        """This rank's part of the next global batch."""
+        """This rank's part of the next global batch. Collective."""
         own = num_samples(batch)
-        size, first = own * self._engine.data_world_size, own * self._engine.data_rank
+        size = own * self._engine.data_world_size
         count = min(size, self._config.clips - self._num_chosen)
-        for place in range(count):
-            row = place * size // count - first
-            if 0 <= row < own:
-                self._on_clip()
-                clip = {name: rows[row : row + 1] for name, rows in batch.items()}
-                self._imagine(self._num_chosen + place, self._engine.to_device(clip))
+        chosen = [divmod(place * size // count, own) for place in range(count)]  # rank, and row of its batch
+        mine = [
+            (self._num_chosen + place, row)
+            for place, (rank, row) in enumerate(chosen)
+            if rank == self._engine.data_rank
+        ]
         self._num_chosen += count
+        for turn in range(max(Counter(rank for rank, _ in chosen).values(), default=0)):
+            number, row = mine[turn] if turn < len(mine) else (None, 0)  # only to compute with the others
+            self._imagine(number, {name: rows[row : row + 1] for name, rows in batch.items()})
 
     def figures(self) -> dict[str, float]:
         """Of all ranks' clips, each once: a small split comes around several times. Collective."""
@@ -190,12 +179,34 @@ class Imagination:
             figures |= {name: _distance([clip.compared[name] for clip in clips]) for name in clips[0].compared}
         return figures
 
-    def _imagine(self, number: int, clip: Batch) -> None:
-        world_model = cast(ObservationSpaceWorldModel, self._engine.module)  # `ready_to_imagine` has seen to it
-        true_latents = world_model.latents(clip)
-        latents = imagined_latents(
-            *(self._engine, world_model, clip, true_latents), self._config.num_inference_steps, self._seed + number
+    @property
+    def _world_model(self) -> ObservationSpaceWorldModel:
+        return cast(ObservationSpaceWorldModel, self._engine.module)  # `ready_to_imagine` has seen to it
+
+    def _imagine(self, number: int | None, clip: Batch) -> None:
+        """Another future, from a clip's first frames, actions and text; one without a number is not looked at."""
+        self._on_clip()
+        engine, world_model = self._engine, self._world_model
+        clip = engine.to_device(clip)
+        latents = world_model.latents(clip)
+        context, future = world_model.split(latents)
+        imagined = engine.call(
+            world_model.predict,
+            context,
+            world_model.future_actions(clip["actions"]),
+            clip["text_tokens"],
+            has_actions=clip["has_actions"],  # actions are always given: a clip without any takes the same path
+            num_latent_frames=future.shape[1],
+            num_inference_steps=self._config.num_inference_steps,
+            generator=torch.Generator(engine.device).manual_seed(self._seed + (number or 0)),
         )
+        if number is not None and engine.sequence_rank == 0:
+            self._judge(number, torch.cat([context, imagined.to(context.dtype)], dim=1), latents)
+
+    def _judge(
+        self, number: int, latents: Float[Tensor, "1 t c h w"], true_latents: Float[Tensor, "1 t c h w"]
+    ) -> None:
+        world_model = self._world_model
         videos = world_model.decode(latents), world_model.decode(true_latents)
         if number < self._config.videos:
             self._write(number, *videos)
@@ -221,30 +232,6 @@ class Imagination:
         self._folder.mkdir(exist_ok=True)
         path = self._folder / f"step_{self._step:08d}_clip_{number:03d}.mp4"
         encode_video(torch.cat([true, imagined], dim=3)[0].cpu().numpy(), path, FRAMES_PER_SECOND)
-
-
-def imagined_latents(
-    engine: Engine,
-    world_model: ObservationSpaceWorldModel,
-    clip: Batch,
-    latents: Float[Tensor, "1 t c h w"],
-    num_inference_steps: int,
-    seed: int,
-) -> Float[Tensor, "1 t c h w"]:
-    """The clip with another future, imagined from its first frames, its actions and its text."""
-    context, future = world_model.split(latents)
-    actions = world_model.future_actions(clip["actions"]) if clip["has_actions"].item() else None
-    generator = torch.Generator(engine.device).manual_seed(seed)
-    with torch.autocast(engine.device.type, torch.bfloat16, enabled=engine.precision == "bf16"):
-        imagined = world_model.predict(
-            context,
-            actions,
-            clip["text_tokens"],
-            num_latent_frames=future.shape[1],
-            num_inference_steps=num_inference_steps,
-            generator=generator,
-        )
-    return torch.cat([context, imagined.to(context.dtype)], dim=1)
 
 
 def _pair(features: Iterable[Float[np.ndarray, "d"]]) -> FeaturePair:

@@ -196,7 +196,7 @@ def train(
     )
     state = resume(checkpoints, ema, config.num_steps)
     batches = training_batches(config, engine, open_batches, state)
-    networks = ready_to_imagine(config.imagine, model, config.engine, batches.batch_sizes, engine.device)
+    networks = ready_to_imagine(config.imagine, model, batches.batch_sizes, engine.device)
     if engine.is_main:
         write_settings(config, engine)
     engine.barrier()

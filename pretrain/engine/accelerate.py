@@ -1,17 +1,15 @@
 """The accelerate engine: one process, DDP, or FSDP2; the same losses as DeepSpeed's up to rounding."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..draws import SampleDraws
 from ..models.execution import blocks_of
-from ..world_models.base import LossTerms
-from .base import Engine, EngineConfig, StepReport
+from .base import Engine, EngineConfig, StepReport, T
 from .optimizer import OptimizerConfig, build_optimizer, set_learning_rate
 from .shards import STEP, Shard, share
 
@@ -32,17 +30,17 @@ class AccelerateEngine(Engine):
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
         if self.is_sharded:
-            self._blocks = _shard(self._loss_module, self.device, self.world_size)
+            self._blocks = _shard(self._hooked, self.device, self.world_size)
             self._reshard_blocks_after_forward(config.reshard_after_forward)
         if self.is_empty:
             module.to_empty(device=self.device)
         if self.is_sharded:
-            self._model: Any = self._loss_module
+            self._model: Any = self._hooked
         else:
-            self._model = self._accelerator.prepare_model(self._loss_module)
+            self._model = self._accelerator.prepare_model(self._hooked)
         self._optimizer = build_optimizer(optimizer_config, self.module)  # after sharding, which replaces parameters
 
-    def forward_loss(self, batch: Mapping[str, Any], draws: SampleDraws) -> LossTerms:
+    def call(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         # Gradients travel between ranks in the last backward pass of a step only; DDP decides that in its forward.
         is_last = self._micro_step == self.grad_accum_steps - 1
         if self.is_sharded:
@@ -51,7 +49,7 @@ class AccelerateEngine(Engine):
             self._model.require_backward_grad_sync = is_last
         # Not accelerate's: its precision is one for all engines that a process ever has.
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return LossTerms(*self._model(self.to_device(batch), draws))
+            return self._model(function, *args, **kwargs)
 
     def backward(self, total: Tensor) -> None:
         self._accelerator.backward(total)  # divides by the number of micro-batches

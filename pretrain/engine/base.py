@@ -7,10 +7,10 @@ sequence have the same slice.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar, cast
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -22,11 +22,13 @@ from ..draws import SampleDraws
 from ..models.attention import AttentionBackend
 from ..models.execution import Checkpointing, Execution, set_execution
 from ..weights import Weights
-from ..world_models.base import LossTerms
+from ..world_models.base import Batch, LossTerms, WorldModel
 from .kernels import resolve_attention
 from .ranks import join_ranks, resolve_precision
 from .sequence_parallel import split_sequence
 from .shards import STEP, Shard, adamw_update_square, make_optimizer_states, optimizer_states
+
+T = TypeVar("T")
 
 
 class EngineConfig(StrictConfig):
@@ -105,26 +107,24 @@ class StepReport:
     lr: float
 
 
-class LossModule(nn.Module):
-    """The world model's loss as a `forward`: what DeepSpeed, DDP and FSDP2 hook into."""
+class HookedModule(nn.Module):
+    """Whatever is computed with the world model as a `forward`: what DeepSpeed, DDP and FSDP2 hook into."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model: Any = model
+        self.model = model
 
-    def forward(
-        self, batch: Mapping[str, Any], draws: SampleDraws
-    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        terms = self.model.loss(batch, draws)
-        return terms.total, terms.parts, dict(terms.by_sample)
+    def forward(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        return function(*args, **kwargs)
 
 
 class Engine(ABC):
     """A step is `grad_accum_steps` times forward_loss and backward, then `step`, called alike on every rank.
 
     `module` is the world model itself, unwrapped. Its parameters may lie in parts on several ranks: read and write them
-    through `shards` and `assign_shards`, and compute losses through `forward_loss`, in validation too. A module on the
-    meta device is never whole on a rank that needs a part of it: room is made for the part, which `take` fills.
+    through `shards` and `assign_shards`, and compute with them through `forward_loss` and `call` alone, in validation
+    too. A module on the meta device is never whole on a rank that needs a part of it: room is made for the part, which
+    `take` fills.
     """
 
     _optimizer: torch.optim.Optimizer
@@ -152,7 +152,7 @@ class Engine(ABC):
         self.attention = resolve_attention(config.attention, self.precision, self.ranks)
         set_execution(module, Execution(self.attention, config.activation_checkpointing, config.compile))
         split_sequence(module, self.ranks, self.sequence_parallel, config.timeout_s)
-        self._loss_module = LossModule(self.module)
+        self._hooked = HookedModule(self.module)
         self._micro_step = 0  # backward passes since the last step
 
     # Ranks that share a sequence are one reader of data: they get the same samples and draw the same noise.
@@ -164,6 +164,11 @@ class Engine(ABC):
     @property
     def data_world_size(self) -> int:
         return self.world_size // self.sequence_parallel
+
+    @property
+    def sequence_rank(self) -> int:
+        """This one's place among those that share its sequence."""
+        return self.rank % self.sequence_parallel
 
     @property
     @abstractmethod
@@ -182,8 +187,20 @@ class Engine(ABC):
     # The step -----------------------------------------------------------------------------------------------------
 
     @abstractmethod
+    def call(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """What a function that computes with the module returns, under autocast where the precision asks for it.
+
+        Collective: ranks put weights together layer by layer, and sequences too, so all have to go through the same
+        layers in the same order. Tensors that need a gradient may be returned in tuples, lists and dicts alone.
+        """
+
     def forward_loss(self, batch: Mapping[str, Any], draws: SampleDraws) -> LossTerms:
-        """Loss of one micro-batch, under autocast where the precision asks for it."""
+        """Loss of one micro-batch. Collective."""
+        return LossTerms(*self.call(self._loss, self.to_device(batch), draws))
+
+    def _loss(self, batch: Batch, draws: SampleDraws) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        terms = cast(WorldModel, self.module).loss(batch, draws)
+        return terms.total, terms.parts, dict(terms.by_sample)
 
     @abstractmethod
     def backward(self, total: Tensor) -> None:
@@ -196,13 +213,13 @@ class Engine(ABC):
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Evaluation mode, no gradients."""
-        was_training = self._loss_module.training
-        self._loss_module.eval()
+        was_training = self._hooked.training
+        self._hooked.eval()
         try:
             with torch.no_grad():
                 yield
         finally:
-            self._loss_module.train(was_training)
+            self._hooked.train(was_training)
 
     def to_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         return {

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -21,10 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..draws import SampleDraws
 from ..models.execution import blocks_of
-from ..world_models.base import LossTerms
-from .base import Engine, EngineConfig, StepReport
+from .base import Engine, EngineConfig, StepReport, T
 from .optimizer import OptimizerConfig, build_optimizer, set_learning_rate
 from .ranks import Ranks
 from .shards import Shard, share
@@ -39,13 +37,15 @@ class DeepSpeedEngine(Engine):
         self.deepspeed_config = deepspeed_config(config, optimizer_config, self.precision)
         deepspeed = _import_deepspeed(self.ranks)
         self._linear = torch.nn.functional.linear  # which ZeRO-3 replaces, in the whole process
-        if config.compile:  # hooks of layers cannot run inside of what is compiled: a block's weights come as a whole
+        # A block's weights come as a whole where hooks of its layers cannot run: in what is compiled, and in what is
+        # computed again from kept products, where each operation, a fetch's too, must be one of the first time.
+        if config.compile or config.activation_checkpointing == "selective":
             for block in blocks_of(module):
                 deepspeed.utils.set_z3_leaf_module(block, True)
         if self.is_empty:
             self._make_room(deepspeed)
         self._deepspeed, *_ = deepspeed.initialize(
-            model=self._loss_module,
+            model=self._hooked,
             optimizer=build_optimizer(optimizer_config, self.module),
             config=self.deepspeed_config,
             dist_init_required=False,
@@ -82,10 +82,10 @@ class DeepSpeedEngine(Engine):
                 if self.zero_stage == 3:
                     deepspeed.zero.Init(module=part, config_dict_or_path=self.deepspeed_config, dtype=torch.float32)
 
-    def forward_loss(self, batch: Mapping[str, Any], draws: SampleDraws) -> LossTerms:
+    def call(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         # Weights that ZeRO-3 lets go of must not live on as the copies that autocast keeps for a second use.
         with _autocast_copies_kept(self.zero_stage < 3):
-            return LossTerms(*self._deepspeed(self.to_device(batch), draws))
+            return self._deepspeed(function, *args, **kwargs)
 
     def backward(self, total: Tensor) -> None:
         self._deepspeed.backward(total)  # divides by the number of micro-batches

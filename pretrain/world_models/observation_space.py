@@ -256,11 +256,13 @@ class ObservationSpaceWorldModel(nn.Module):
         num_inference_steps: int = 1,
         num_draws: int = 4,
         generator: torch.Generator | None = None,
+        has_actions: Bool[Tensor, "b"] | None = None,
     ) -> Float[Tensor, "b t c h w"]:
         """Future latents. One step gives the mean prediction (averaged over `num_draws` noises), more give samples.
 
         `actions` begin where the context ends (`future_actions` of a clip's); `num_latent_frames` defaults to what they
-        cover. The context is computed once, for all draws and steps.
+        cover. Those of clips that `has_actions` says have none add nothing. The context is computed once, for all draws
+        and steps.
         """
         if num_latent_frames is None:
             if actions is None:
@@ -273,11 +275,9 @@ class ObservationSpaceWorldModel(nn.Module):
         past = past.repeat(draws)
         context = context.repeat_interleave(draws, 0)
         text_by_expert = {VIDEO_EXPERT: projected.repeat_interleave(draws, 0)}
-        if actions is not None:
-            actions = actions.repeat_interleave(draws, 0)
         shape = (len(context), num_latent_frames, *context.shape[2:])
         noise = torch.randn(shape, generator=generator, device=context.device)
-        action_embedding = self.embed_actions(actions, None, noise)
+        action_embedding = self.embed_actions(actions, has_actions, noise[::draws]).repeat_interleave(draws, 0)
 
         def network(noised: Tensor, flow_time: Tensor) -> Tensor:
             return self._denoise(noised, context, flow_time, action_embedding, text_by_expert, past)

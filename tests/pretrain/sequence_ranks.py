@@ -6,9 +6,11 @@ and nothing is clipped.
 """
 
 import sys
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -16,11 +18,13 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from data_pipeline.encoders import EmbeddedCodec
 from finetune.paradigms.joint_video_action import JointVideoAction, JointVideoActionConfig
 from pretrain.draws import SampleDraws
 from pretrain.engine import EngineConfig, OptimizerConfig, create_engine
 from pretrain.engine.deepspeed import deepspeed_config
 from pretrain.engine.optimizer import build_optimizer
+from pretrain.imagination import Imagination, ImagineConfig, MetricNetworks
 from pretrain.models.action_expert import ActionExpertConfig
 from pretrain.models.video_dit import VideoDiTConfig
 from pretrain.steps import forward_backward, sample_draws
@@ -49,7 +53,8 @@ def video_model() -> ObservationSpaceWorldModel:
     return ObservationSpaceWorldModel(
         ObservationSpaceConfig(
             video=video, action_dim=2, actions_per_latent=2, residual_std=0.5, predict_residual=True, text_dropout=0.2
-        )
+        ),
+        EmbeddedCodec(torch.zeros(192), torch.linalg.qr(torch.randn(192, 4))[0], 0.5, patch=4),
     )
 
 
@@ -80,48 +85,75 @@ def global_batch(step: int) -> dict[str, Any]:
     }
 
 
-Seen = tuple[list[list[float]], dict[str, torch.Tensor]]
-"""Loss and gradient norm of each step; the weights after them and, where weights are not sharded, what they imagine."""
+@dataclass
+class Seen:
+    rows: list[list[float]]
+    """Loss and gradient norm of each step."""
+    weights: dict[str, torch.Tensor]
+    """After the last step."""
+    imagined: tuple[torch.Tensor, dict[str, float]] | None
+    """After the first step, by a video model: the mean prediction for some clips, and what is measured of others."""
 
 
-def imagine(model: nn.Module) -> dict[str, torch.Tensor]:
-    """With the context kept as keys and values."""
-    if not isinstance(model, ObservationSpaceWorldModel):
-        return {}
+def alone(model: nn.Module) -> Any:
+    """In place of an engine, for one process on all the data."""
+    return SimpleNamespace(
+        module=model,
+        device=torch.device("cpu"),
+        **{"data_rank": 0, "data_world_size": 1, "sequence_rank": 0},
+        to_device=lambda batch: batch,
+        call=lambda function, *args, **kwargs: function(*args, **kwargs),
+        ranks=SimpleNamespace(gather=lambda value: [value]),
+        evaluating=torch.no_grad,
+    )
+
+
+def own_part(engine: Any, step: int) -> dict[str, Any]:
+    share = BATCH // engine.data_world_size
+    return {name: rows[engine.data_rank * share :][:share] for name, rows in global_batch(step).items()}
+
+
+def imagine(engine: Any) -> tuple[torch.Tensor, dict[str, float]] | None:
+    """Three of four clips are measured, so ranks have different numbers of them, and one clip is without actions."""
+    if not isinstance(engine.module, ObservationSpaceWorldModel):
+        return None
     batch, generator = global_batch(99), torch.Generator().manual_seed(0)
-    return {
-        "imagined": model.predict(batch["latents"][:, :1], batch["actions"], batch["text_tokens"], generator=generator)
-    }
+    config = ImagineConfig(clips=3, videos=0, num_inference_steps=2)
+    imagination = Imagination(config, MetricNetworks(), engine, seed=0, step=0, run_dir=Path())
+    with engine.evaluating():
+        context, predict = batch["latents"][:, :1], engine.module.predict
+        mean = engine.call(predict, context, batch["actions"], batch["text_tokens"], generator=generator)
+        imagination.look_at(own_part(engine, 99))
+        return mean, imagination.figures()
 
 
 def reference(kind: str) -> Seen:
     model = build(kind)
     optimizer = build_optimizer(OPTIMIZER.model_copy(update={"learning_rate": LEARNING_RATE}), model)
-    rows = []
+    rows, imagined = [], None
     for step in range(1, NUM_STEPS + 1):
         loss = model.loss(global_batch(step), SampleDraws.seeded(0, step, range(BATCH))).total
         loss.backward()
         rows.append([loss.item(), nn.utils.clip_grad_norm_(model.parameters(), float("inf")).item()])
         optimizer.step()
         optimizer.zero_grad()
-    return rows, {**model.state_dict(), **imagine(model)}
+        imagined = imagined or imagine(alone(model))
+    return Seen(rows, model.state_dict(), imagined)
 
 
-def train(kind: str, engine_settings: dict[str, Any]) -> Seen:
+def train(kind: str, engine_settings: dict[str, Any], imagines: bool = True) -> Seen:
     config = EngineConfig.model_validate({"device": "cpu", "precision": "fp32", **engine_settings})
     engine = create_engine(config, build(kind), OPTIMIZER)
-    share = BATCH // engine.data_world_size
-    rows = []
+    rows, imagined = [], None
     for step in range(1, NUM_STEPS + 1):
-        batch = {name: rows[engine.data_rank * share :][:share] for name, rows in global_batch(step).items()}
+        batch = own_part(engine, step)
         losses = forward_backward(engine, batch, sample_draws(engine, 0, step, batch))
         report = engine.step(LEARNING_RATE)
         rows.append([engine.mean_across_ranks({"loss": losses["loss"].item()})["loss"], report.grad_norm])
+        imagined = imagined or (imagine(engine) if imagines else None)
     weights = whole_weights(engine)
-    if config.kind == "accelerate" and config.sharding == "ddp":
-        weights |= imagine(engine.module)
     engine.close()
-    return rows, weights
+    return Seen(rows, weights, imagined)
 
 
 class Gathers(TorchDispatchMode):
@@ -141,8 +173,7 @@ def num_gathers(reshard_after_forward: bool) -> int:
         "reshard_after_forward": reshard_after_forward,
     }
     engine = create_engine(EngineConfig.model_validate(settings), build("video"), OPTIMIZER)
-    share = BATCH // engine.data_world_size
-    batch = {name: rows[engine.data_rank * share :][:share] for name, rows in global_batch(1).items()}
+    batch = own_part(engine, 1)
     with Gathers() as gathers:
         forward_backward(engine, batch, sample_draws(engine, 0, 1, batch))
     engine.close()
@@ -150,9 +181,14 @@ def num_gathers(reshard_after_forward: bool) -> int:
 
 
 def distance(seen: Seen, expected: Seen) -> dict[str, float]:
-    rows = (torch.tensor(seen[0]) - torch.tensor(expected[0])).abs()
-    worst = max((value - expected[1][name]).abs().max().item() for name, value in seen[1].items())
-    return {"loss": rows[:, 0].max().item(), "grad_norm": rows[:, 1].max().item(), "weights": worst}
+    rows = (torch.tensor(seen.rows) - torch.tensor(expected.rows)).abs()
+    worst = max((value - expected.weights[name]).abs().max().item() for name, value in seen.weights.items())
+    found = {"loss": rows[:, 0].max().item(), "grad_norm": rows[:, 1].max().item(), "weights": worst}
+    if seen.imagined is None or expected.imagined is None:
+        return found
+    (mean, figures), (expected_mean, expected_figures) = seen.imagined, expected.imagined
+    measured = max(abs(figures[name] - value) for name, value in expected_figures.items())
+    return {**found, "imagined": (mean - expected_mean).abs().max().item(), "measured": measured}
 
 
 def train_compiled() -> Seen:
@@ -165,7 +201,8 @@ def train_compiled() -> Seen:
 
     eager = partial(torch.compile, backend="aot_eager")
     with patch("torch.compile", eager), patch("pretrain.engine.deepspeed.deepspeed_config", cuts_all):
-        return train("video", {**ENGINES["zero3"], "compile": True, "activation_checkpointing": "selective"})
+        settings = {**ENGINES["zero3"], "compile": True, "activation_checkpointing": "selective"}
+        return train("video", settings, imagines=False)  # other sizes would be traced anew
 
 
 def distances(world_size: int) -> dict[str, dict[str, float]]:

@@ -142,6 +142,7 @@ def test_a_run_goes_on_on_other_numbers_of_ranks(
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_sequences_split_over_ranks_give_the_step_of_one_process(world_size: int, request: Any) -> None:
+    """And imagine the clips that it would, between two steps, whatever lies on the other ranks."""
     seen = dict(request.getfixturevalue({2: "on_two", 4: "on_four"}[world_size])["sequence"])
     splits = [size for size in (1, 2, 4) if size <= world_size]
     engines = ("zero1", "zero2", "zero3", "ddp", "fsdp2")
@@ -150,7 +151,12 @@ def test_sequences_split_over_ranks_give_the_step_of_one_process(world_size: int
     assert seen.keys() == {f"{name}/{size}" for name in engines for size in splits} | others
     bf16 = seen.pop("bf16")
     assert 1e-4 < bf16["loss"] < 0.1 and bf16["weights"] < 0.01  # autocast was on, and changed little
-    wrong = {name: worst for name, worst in seen.items() if max(worst.values()) > 1e-5}
+    videos = [worst for name, worst in seen.items() if not name.startswith(("joint", "compiled"))]
+    assert all({"imagined", "measured"} <= worst.keys() for worst in videos)
+    bounds = {"measured": 1e-4}  # on pixels, which are rounded
+    wrong = {
+        name: worst for name, worst in seen.items() if any(far > bounds.get(what, 1e-5) for what, far in worst.items())
+    }
     assert not wrong  # gradient norms are about 5, losses about 2, and a step moves weights by about 0.01
 
 

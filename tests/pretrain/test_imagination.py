@@ -1,5 +1,8 @@
-"""Which runs may imagine clips while they train, which clips those are, and what is measured of them."""
+"""Which clips are imagined while a run goes on, by which ranks, and what is measured of them."""
 
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +15,7 @@ from torch import Tensor, nn
 
 from configs.loader import UserError
 from data_pipeline.encoders import EmbeddedCodec
-from pretrain.engine import EngineConfig
+from data_pipeline.video_io import encode_video
 from pretrain.imagination import Imagination, ImagineConfig, MetricNetworks, ready_to_imagine
 from pretrain.models.video_dit import VideoDiTConfig
 from pretrain.video_metrics.frechet import frechet_distance, latent_features
@@ -48,15 +51,21 @@ def make_batch(size: int = 8) -> dict[str, Any]:
 class Ranks:
     """Stand-ins for processes: each rank's part of what they gather is kept until all have come."""
 
-    def __init__(self, model: nn.Module, size: int) -> None:
+    def __init__(self, model: nn.Module, size: int, per_sequence: int = 1) -> None:
         self.kept: list[Any] = []
+        self.num_calls: Counter[int] = Counter()
         self.engines = [
             SimpleNamespace(
-                module=model, data_rank=rank, data_world_size=size, device=CPU, precision="fp32",
-                to_device=lambda batch: batch, ranks=SimpleNamespace(gather=self.gather),
+                module=model, data_rank=rank // per_sequence, data_world_size=size // per_sequence,
+                sequence_rank=rank % per_sequence, device=CPU, to_device=lambda batch: batch,
+                call=partial(self.call, rank), ranks=SimpleNamespace(gather=self.gather),
             )
             for rank in range(size)
         ]  # fmt: skip
+
+    def call(self, rank: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.num_calls[rank] += 1
+        return function(*args, **kwargs)
 
     def gather(self, value: Any) -> list[Any]:
         self.kept.append(value)
@@ -76,27 +85,32 @@ def figures_of_ranks(
     **changes: Any,
 ) -> dict[str, float]:
     run_dir.mkdir(exist_ok=True)
-    config, num_ranks = ImagineConfig(**({"clips": 5, "videos": 0} | changes)), len(ranks.engines)
+    config = ImagineConfig(**({"clips": 5, "videos": 0} | changes))
     figures: dict[str, float] = {}
     for engine in ranks.engines:
         imagination = Imagination(config, networks, engine, seed=3, step=7, run_dir=run_dir)
         for batch in batches:
-            own = len(batch["keys"]) // num_ranks
+            own = len(batch["keys"]) // engine.data_world_size
             part = slice(engine.data_rank * own, (engine.data_rank + 1) * own)
             imagination.look_at({name: rows[part] for name, rows in batch.items()})
         figures = imagination.figures()
     return figures
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4, 8])
-def test_any_number_of_ranks_imagines_and_measures_the_same_clips(num_ranks: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("num_ranks", "per_sequence"), [(2, 1), (4, 1), (8, 1), (2, 2), (4, 2)])
+def test_any_number_of_ranks_imagines_and_measures_the_same_clips(
+    num_ranks: int, per_sequence: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, batches = make_model(), [make_batch()]
     alone = figures_of(model, batches, tmp_path / "alone", videos=2)
     assert alone["imagined_clips"] == 5
-    ranks = Ranks(model, num_ranks)
+    ranks, written = Ranks(model, num_ranks, per_sequence), []
+    monkeypatch.setattr("pretrain.imagination.encode_video", lambda *args: written.append(encode_video(*args)))
     assert figures_of_ranks(ranks, batches, tmp_path / "several", videos=2) == alone
-    shares = [len(judged) for judged in ranks.kept]
-    assert sum(shares) == 5 and max(shares) - min(shares) <= 1
+    assert len(written) == 2
+    shares = [len(judged) for judged in ranks.kept[::per_sequence]]
+    assert sum(shares) == sum(map(len, ranks.kept)) == 5 and max(shares) - min(shares) <= 1
+    assert ranks.num_calls == dict.fromkeys(range(num_ranks), max(shares))  # whoever is done still computes with all
     several = {path.name: path.read_bytes() for path in (tmp_path / "several" / "validation").iterdir()}
     assert several == {path.name: path.read_bytes() for path in (tmp_path / "alone" / "validation").iterdir()}
     assert sorted(several) == ["step_00000007_clip_000.mp4", "step_00000007_clip_001.mp4"]
@@ -165,25 +179,10 @@ def test_samples_are_not_the_mean_prediction(tmp_path: Path) -> None:
     assert figures_of(model, [make_batch()], tmp_path, num_inference_steps=3) != mean
 
 
-@pytest.mark.parametrize(
-    ("engine", "complaint"),
-    [
-        (EngineConfig(zero_stage=3), r"engine\.zero_stage=3"),
-        (EngineConfig(kind="accelerate", sharding="fsdp2"), r"engine\.sharding=fsdp2"),
-        (EngineConfig(zero_stage=1, sequence_parallel=2), r"engine\.sequence_parallel=2"),
-    ],
-)
-def test_what_one_rank_cannot_compute_is_refused(engine: EngineConfig, complaint: str) -> None:
-    model, some = make_model(), ImagineConfig(clips=4)
-    ready_to_imagine(ImagineConfig(), model, engine, ["16x16x9"], CPU)
-    ready_to_imagine(some, model, EngineConfig(zero_stage=2, sharding="fsdp2"), [], CPU)  # sharding is accelerate's
-    with pytest.raises(UserError, match=f"imagine.clips=4: .* but with {complaint} none can compute alone"):
-        ready_to_imagine(some, model, engine, ["16x16x9"], CPU)
-
-
 def test_what_imagines_nothing_is_refused() -> None:
+    assert ready_to_imagine(ImagineConfig(), nn.Linear(1, 1), [], CPU) == MetricNetworks()
     with pytest.raises(UserError, match="only a world model of video imagines clips"):
-        ready_to_imagine(ImagineConfig(clips=1), nn.Linear(1, 1), EngineConfig(), [], CPU)
+        ready_to_imagine(ImagineConfig(clips=1), nn.Linear(1, 1), [], CPU)
     for settings, complaint in (
         ({"lpips_heads": "alex.pth", "clips": 4}, "give both of lpips_backbone and lpips_heads, or none"),
         ({"lpips_backbone": "a.pth", "lpips_heads": "b.pth"}, "clips=0 leaves LPIPS nothing to measure"),
@@ -200,11 +199,11 @@ def test_clips_that_a_network_cannot_see_are_refused_before_the_first_step(tmp_p
     torch.save(i3d.state_dict(), tmp_path / "i3d.pt")
     paths = {"lpips_backbone": tmp_path / "a.pth", "lpips_heads": tmp_path / "heads.pth"}
     model = make_model()
-    networks = ready_to_imagine(ImagineConfig(clips=2, **paths), model, EngineConfig(), ["31x64x5"], CPU)
+    networks = ready_to_imagine(ImagineConfig(clips=2, **paths), model, ["31x64x5"], CPU)
     assert networks.lpips is not None and networks.i3d is None
     with pytest.raises(UserError, match=r"AlexNet, which takes pictures of at least 31 pixels, but clips are 30x64x5"):
-        ready_to_imagine(ImagineConfig(clips=2, **paths), model, EngineConfig(), ["31x64x5", "30x64x5"], CPU)
+        ready_to_imagine(ImagineConfig(clips=2, **paths), model, ["31x64x5", "30x64x5"], CPU)
     of_fvd = ImagineConfig(clips=2, i3d=tmp_path / "i3d.pt")
-    assert ready_to_imagine(of_fvd, model, EngineConfig(), ["16x16x9"], CPU).i3d is not None
+    assert ready_to_imagine(of_fvd, model, ["16x16x9"], CPU).i3d is not None
     with pytest.raises(UserError, match=r"imagine\.i3d takes clips of at least 9 frames, but they are 16x16x5"):
-        ready_to_imagine(of_fvd, model, EngineConfig(), ["16x16x5"], CPU)
+        ready_to_imagine(of_fvd, model, ["16x16x5"], CPU)
