@@ -143,13 +143,18 @@ def begin(folder: Path, run_dir: Path | None, staging: Path | None, max_failures
     return number
 
 
-def end(folder: Path, exit_code: int) -> Attempt:
-    """Notes that the attempt at work has ended, and judges it."""
+def end(folder: Path, exit_code: int, cause: str = "") -> Attempt:
+    """Notes that the attempt at work has ended, and judges it.
+
+    Where the batch script knows the cause, because it ended the ranks itself, its exit code counts and not theirs.
+    """
     attempts = read_attempts(folder)
     attempt = _at_work(attempts, job_id_in_environment())
     if attempt is None:
         raise CommandError(f"{folder}: no attempt of this job is at work there; `slurm.attempts begin` comes first.")
-    return _close(folder, attempt, attempts, command_exit_code(folder / LOGS / attempt_name(attempt.number), exit_code))
+    if not cause:
+        exit_code = command_exit_code(folder / LOGS / attempt_name(attempt.number), exit_code)
+    return _close(folder, attempt, attempts, exit_code, cause)
 
 
 def _at_work(attempts: list[Attempt], job_id: str) -> Attempt | None:
@@ -158,12 +163,13 @@ def _at_work(attempts: list[Attempt], job_id: str) -> Attempt | None:
     return of_job[-1] if of_job and of_job[-1].verdict is None else None
 
 
-def _close(folder: Path, attempt: Attempt, attempts: list[Attempt], exit_code: int | None) -> Attempt:
+def _close(folder: Path, attempt: Attempt, attempts: list[Attempt], exit_code: int | None, cause: str = "") -> Attempt:
     step = progress(attempt.run_dir, attempt.staging)
     standing = standing_before(attempt, attempts).after(exit_code, step)
     verdict = judge(standing, exit_code, attempt.max_failures)
     ended = replace(attempt, ended=utc(), exit_code=exit_code, step=step, verdict=verdict)
-    cause = "" if exit_code in (0, EXIT_STOPPED) else first_cause(folder, ended)
+    if not cause and exit_code not in (0, EXIT_STOPPED):
+        cause = first_cause(folder, ended)
     ended = replace(ended, reason=f"{_reason(ended, standing)} {cause}".strip())
     row = {"event": "end", "attempt": ended.number, "time": ended.ended, "exit_code": exit_code, "step": step}
     append_row(folder / LEDGER, {**row, "verdict": verdict, "reason": ended.reason})
@@ -227,7 +233,7 @@ def main() -> int:
             sys.stdout.write(f"{number:03d}\n")
             return 0
         check_folder(given.folder)
-        ended = end(given.folder, given.exit_code)
+        ended = end(given.folder, given.exit_code, given.cause)
     except OSError as error:
         # What cannot be counted is not requeued: it might go round for ever.
         sys.stdout.write(f"{FAILED}\n" if given.command == "end" else "")
@@ -255,6 +261,7 @@ def command_line() -> Parser:
     ending = commands.add_parser("end", help="it has ended; writes done, requeue, stop or failed")
     ending.add_argument("folder", type=Path)
     ending.add_argument("--exit-code", type=_exit_code, required=True, help="of what launched the ranks")
+    ending.add_argument("--cause", default="", help="a sentence, where the batch script has ended them and knows why")
     return parser
 
 

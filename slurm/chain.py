@@ -161,6 +161,9 @@ class TrainingConfig(StageConfig):
         "torchrun", description="one task per node, which starts the ranks, or one task per rank"
     )
     preflight: bool = Field(True, description="check every node first, and stay away from those that fail")
+    preflight_s: int = Field(
+        120, ge=1, le=3600, description="how long nodes have to be there, and again to add up numbers with each other"
+    )
 
     @property
     def ranks(self) -> int:

@@ -19,6 +19,9 @@ _VALUE = re.compile(r"""(?:(?P<bare>[^\s"'#][^\s"']*)|'(?P<single>[^']*)'|"(?P<d
 ONE_WORD = r"^[^\s#'\"]*$"
 """As an option of sbatch is read, in which # begins a comment."""
 
+MAX_RAY_FOLDER = 107 - len("/session_2026-11-30_15-10-31_123456_4194304/sockets/plasma_store.1")
+"""Ray makes sockets in its folder, whose whole paths Linux allows 107 bytes."""
+
 
 class ClusterConfig(StrictConfig):
     """The settings of env.sh, each by the name that it has there."""
@@ -126,6 +129,17 @@ def _check_files(cluster: ClusterConfig, path: Path) -> None:
             continue
         if not (Path(file).is_file() and os.access(file, os.R_OK)) and shutil.which(file) is None:
             raise UserError(f"{path}: there is no {name}={value} here; correct its path, or leave it empty.")
+
+
+def check_ray_folder(environment: Environment) -> None:
+    """As far as it can be known here: SCRATCH may hold variables that jobs alone have."""
+    scratch = os.path.expandvars(environment.cluster.scratch)
+    longest = MAX_RAY_FOLDER - len("/ray-67108863")  # the last job that SLURM can number
+    if "$" not in scratch and len(scratch.encode()) > longest:
+        raise UserError(
+            f"{environment.path}: SCRATCH={scratch} is too long a path for a Ray cluster's sockets, which leave it "
+            f"{longest} bytes; name a shorter one, or a link to it that all nodes have."
+        )
 
 
 def filled_in(value: str, where: str) -> str:

@@ -70,9 +70,9 @@ run_step() { # srun in the background, or bash would answer no signal before it 
     return $code
 }
 
-end_attempt() { # with the step's exit code, and the nodes to stay away from: this job again, or none, or the next one
-    local verdict code
-    verdict=$("$HOST_PYTHON" -m slurm.attempts end "$JOB_FOLDER" --exit-code "$1")
+end_attempt() { # with the step's exit code: this job again, or none, or the next one
+    local verdict code # after the code perhaps nodes to stay away from, and the cause where the script knows it
+    verdict=$("$HOST_PYTHON" -m slurm.attempts end "$JOB_FOLDER" --exit-code "$1" --cause "${3:-}")
     code=$?
     say "attempt $ATTEMPT ended with exit code $1: $verdict"
     [ "$verdict" != requeue ] || requeue "${2:-}"

@@ -382,7 +382,7 @@ def command_line() -> Parser:
     checking.add_argument("--min-memory-gb", type=_amount, default=0.0, help="available (%(default)s)")
     checking.add_argument("--gpus", type=given_number, default=0, help="per node (%(default)s: none, and gloo)")
     checking.add_argument("--max-clock-skew-s", type=_amount, default=2.0, help="between nodes (%(default)s)")
-    checking.add_argument("--limit-s", type=_amount, default=120.0, help="for the sum over all nodes (%(default)s)")
+    checking.add_argument("--limit-s", type=_amount, default=120.0, help="for nodes, and for their sum (%(default)s)")
     excluding = commands.add_parser("exclude", help="in the batch script: writes the nodes to exclude")
     excluding.add_argument("folder", type=Path, help="of the job: RUN_DIR/slurm/<stage>")
     excluding.add_argument("--nodes", default="", help="of this attempt; those that `attempts begin` was told, if none")

@@ -10,7 +10,7 @@ from pathlib import Path
 from configs.loader import UserError
 
 from .chain import ARRAY_INDEX, REPOSITORY, ChainConfig, DataConfig, Job, Task, TrainingConfig, job_folder, seconds
-from .environment import Environment, filled_in
+from .environment import MAX_RAY_FOLDER, Environment, filled_in
 
 TEMPLATES = REPOSITORY / "slurm"
 SCRIPT, SHARED = "job.sbatch", "job.sh"
@@ -125,10 +125,12 @@ def settings(
         yield f"TASKS_PER_NODE={_tasks_per_node(job)}"
         yield f"RANKS_PER_NODE={config.ranks}"
         yield f"PREFLIGHT={'yes' if config.preflight else 'no'}"
+        yield f"PREFLIGHT_S={config.preflight_s}"
         yield f"GPUS_PER_NODE={config.gpus_per_node}"
     elif isinstance(config, DataConfig):
         yield f"STAGING={_quoted(chain.run_dir / 'dataset.staging')}"
         if config.kind == "ray":
+            yield f"MAX_RAY_FOLDER={MAX_RAY_FOLDER} # bytes of its path"
             yield f"GPUS_PER_NODE={config.gpus_per_node}"
             yield f"NETWORK_INTERFACE={_expanded(environment.cluster.network_interface)}"
 

@@ -22,8 +22,8 @@ from pydantic import Field
 from configs.loader import UserError, dump_config, run_command
 
 from . import scheduler
-from .chain import REPOSITORY, ChainConfig, Job, StageName, TrainingConfig, plan_jobs, seconds
-from .environment import filled_in, read_environment
+from .chain import REPOSITORY, ChainConfig, DataConfig, Job, StageName, TrainingConfig, plan_jobs, seconds
+from .environment import check_ray_folder, filled_in, read_environment
 from .jobs import (
     CHAIN_FILE,
     NotDone,
@@ -111,6 +111,8 @@ def check_partitions(chain: ChainConfig, jobs: Sequence[Job]) -> None:
 def write_texts(chain: ChainConfig, jobs: Sequence[Job]) -> list[Script]:
     """Every job's file, after all has been checked that can be without SLURM."""
     environment, place = read_environment(chain.env), Place.here()
+    if any(isinstance(job.config, DataConfig) and job.config.kind == "ray" for job in jobs):
+        check_ray_folder(environment)
     node_counts = check_stages(jobs, environment, place)
     return [
         Script(job, script_path(job, chain), render(job, chain, environment, place, counts))

@@ -368,6 +368,22 @@ def test_the_batch_script_gets_a_word_and_an_exit_code(tmp_path: Path, command: 
     assert "attempt 3 failed at step 10 with exit code 137" in (job / "errors.txt").read_text()
 
 
+def test_what_the_batch_script_knows_is_told_and_counts_more_than_what_ranks_say(
+    tmp_path: Path, command: Callable[..., Any]
+) -> None:
+    command("begin", tmp_path)
+    note_rank(tmp_path, 1, 0, 130)  # it was told to stop, and did
+    code, out, _ = command("end", tmp_path, "--exit-code", "1", "--cause", "Ray has ended on n1.")
+    assert (code, out) == (75, "requeue\n")
+    ended = read_attempts(tmp_path)[-1]
+    assert ended.exit_code == 1 and ended.reason.endswith(" Ray has ended on n1.")
+    assert "Ray has ended on n1." in (tmp_path / "errors.txt").read_text()
+    command("begin", tmp_path)
+    note_rank(tmp_path, 2, 0, 130)
+    command("end", tmp_path, "--exit-code", "1", "--cause", "")
+    assert read_attempts(tmp_path)[-1].exit_code == 75
+
+
 def test_what_cannot_be_noted_is_not_started_again(tmp_path: Path, command: Callable[..., Any]) -> None:
     begin(tmp_path, None, None, 3, [])
     ledger = tmp_path / LEDGER

@@ -3,8 +3,10 @@
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +44,14 @@ sys.exit(0 if does == "ok" else int(does))
 class Chain:
     """A chain of pretended stages, and the commands that a user has for it."""
 
-    def __init__(self, folder: Path, cluster: Any, env: str = "") -> None:
+    def __init__(self, folder: Path, cluster: Any, env: str = "", scratch: Path | None = None) -> None:
         self.folder, self.cluster, self.run_dir = folder, cluster, folder / "run"
         for module in ("data_pipeline/build", "pretrain/train", "finetune/train", "finetune/evaluate"):
             (folder / module).parent.mkdir(exist_ok=True)
             (folder / f"{module}.py").write_text(PRETENDED_STAGE)
             (folder / module).with_name("__init__.py").touch()
         (folder / "none.yaml").write_text("")
-        (folder / "env.sh").write_text(f"SCRATCH={folder}/scratch\n{env}")
+        (folder / "env.sh").write_text(f"SCRATCH={scratch or folder / 'scratch'}\n{env}")
 
     def write(self, **stages: dict[str, Any]) -> None:
         shared = {"config": "none.yaml", "time": "5", "lead_s": 60}
@@ -86,12 +88,18 @@ class Chain:
     def wait_for_end(self) -> None:
         self.cluster.wait_until(lambda: not self.cluster.run("squeue", "--noheader"), "the queue to be empty")
 
-    def wait_for_verdicts(self, task: str, verdicts: list[str]) -> None:
-        self.cluster.wait_until(lambda: self.verdicts(task) == verdicts, f"{task}: {verdicts}\n{self.said()}")
+    def wait_for_verdicts(self, task: str, verdicts: list[str], timeout_s: float = 90) -> None:
+        self.wait_until(lambda: self.verdicts(task) == verdicts, f"{task}: {verdicts}", timeout_s)
 
-    def wait_for_work(self, task: str, attempt: int = 1) -> None:
+    def wait_for_work(self, task: str, attempt: int = 1, timeout_s: float = 90) -> None:
         path = self.run_dir / "slurm" / task / f"logs/attempt_{attempt:03d}/waiting"
-        self.cluster.wait_until(path.exists, f"{path}\n{self.said()}")
+        self.wait_until(path.exists, str(path), timeout_s)
+
+    def wait_until(self, condition: Callable[[], bool], what: str, timeout_s: float) -> None:
+        try:
+            self.cluster.wait_until(condition, what, timeout_s)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.said()}") from None
 
     def said(self) -> str:
         logs = sorted((self.run_dir / "slurm").rglob("*.log"))
@@ -225,6 +233,46 @@ def test_a_node_that_is_not_fit_is_left_out_of_the_next_attempt(chain: Chain):
     )
 
 
+@pytest.fixture
+def ray_chain(cluster: Any, tmp_path: Path) -> Chain:
+    tmp_path.chmod(0o755)
+    return Chain(tmp_path, cluster, scratch=cluster.folder / "scratch")  # Ray's sockets bear no long path
+
+
+@pytest.mark.slow
+def test_a_build_whose_ray_is_gone_is_ended_and_begins_again(ray_chain: Chain):
+    """It waits for an answer that does not come: here, until it is told to stop."""
+    ray_chain.write(data={"does": "wait,ok", "kind": "ray", "nodes": 2, "cpus_per_node": 1})
+    ray_chain.submit()
+    ray_chain.wait_for_work("data", timeout_s=240)
+    (head,) = [pid for pid in ray_chain.cluster.processes("n1") if name_of(pid) == "gcs_server"]
+    os.kill(head, signal.SIGKILL)
+    ray_chain.wait_for_verdicts("data", ["requeue", "done"], timeout_s=240)
+    (failed, _) = read_attempts(ray_chain.run_dir / "slurm/data")
+    assert failed.exit_code == 1 and "Ray has ended on n1, where its head was" in failed.reason, failed.reason
+    assert "ray_head.log" in failed.reason and "gcs_server" in (ray_chain.run_dir / "slurm/data/errors.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_ray_that_does_not_start_on_a_node_ends_the_attempt(ray_chain: Chain):
+    stage = {"does": "wait", "kind": "ray", "nodes": 2, "cpus_per_node": 1, "max_failures": 1}
+    ray_chain.write(data=stage)
+    with ray_chain.cluster.sick_node("n2"):
+        ray_chain.submit()
+        ray_chain.wait_for_verdicts("data", ["requeue", "failed"], timeout_s=240)
+    for attempt in read_attempts(ray_chain.run_dir / "slurm/data"):
+        assert "Ray has ended, or did not start, on one of n2" in attempt.reason, attempt.reason
+        assert not (ray_chain.run_dir / f"slurm/data/logs/attempt_{attempt.number:03d}/waiting").exists()
+    assert "ray_others.log" in ray_chain.status()
+
+
+def name_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:  # it has ended
+        return ""
+
+
 def test_a_container_is_given_the_command_and_the_folders(chain: Chain):
     """By a stand-in for apptainer, which notes what it was called with and runs the rest of it."""
     (chain.folder / "bin").mkdir()
@@ -250,32 +298,34 @@ def test_a_container_is_given_the_command_and_the_folders(chain: Chain):
 # --- in its first lines -------------------------------------------------------------------------------------------
 
 
-def script_in(folder: Path) -> str:
-    """A training's batch script, with paths that are there."""
+def script_in(folder: Path, case: str = "1_node") -> str:
+    """The first batch script of a case of test_dry_run.py, with paths that are there; that of a training."""
     scripts = runpy.run_path(str(Path(__file__).with_name("test_dry_run.py")))
-    (script,) = scripts["scripts_of"]("1_node", folder)
+    script, *_ = scripts["scripts_of"](case, folder)
     text = script.text.replace("/home/me/foresight/.venv/bin/python", sys.executable)
     text = text.replace("/home/me/foresight", str(REPOSITORY)).replace("/shared/runs", str(folder))
+    text = text.replace("module load", "true").replace("timeout 60 srun", "true")
     return text.replace("SCRATCH=/tmp", f"SCRATCH={folder}")
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("case", "change", "said"),
     [
-        (("SCRATCH=", "SCRATCH=/proc/nowhere #"), "/proc/nowhere cannot be written"),
-        (("WORK_DIR=", "WORK_DIR=/nowhere #"), "/nowhere cannot be entered"),
-        (("set -u", "PATH=/nowhere\nset -u"), "there is no scontrol"),
+        ("1_node", ("SCRATCH=", "SCRATCH=/proc/nowhere #"), "/proc/nowhere cannot be written"),
+        ("1_node", ("WORK_DIR=", "WORK_DIR=/nowhere #"), "/nowhere cannot be entered"),
+        ("1_node", ("set -u", "PATH=/nowhere\nset -u"), "there is no scontrol"),
+        ("64_nodes", ("MAX_RAY_FOLDER=", "MAX_RAY_FOLDER=8 #"), "too long a path for Ray's sockets; shorten SCRATCH"),
     ],
 )
-def test_what_a_node_lacks_is_told_in_the_first_lines(tmp_path: Path, change: tuple[str, str], said: str):
-    text = script_in(tmp_path)
+def test_what_a_node_lacks_is_told_in_the_first_lines(tmp_path: Path, case: str, change: tuple[str, str], said: str):
+    text = script_in(tmp_path, case)
     assert change[0] in text
     process = subprocess.run(
         ["/bin/bash"],
         input=text.replace(*change),
         capture_output=True,
         text=True,
-        env={"PATH": os.environ["PATH"], "SLURM_JOB_ID": "1"},
+        env={"PATH": os.environ["PATH"], "SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "1"},
     )
     errors = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
     assert process.returncode == 2 and len(errors) == 1 and said in errors[0], process.stderr

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.loader import UserError
-from slurm.environment import filled_in, read_environment
+from slurm.environment import check_ray_folder, filled_in, read_environment
 from slurm.render import _expanded, _quoted
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), max_size=12)
@@ -89,6 +89,17 @@ def test_what_is_no_setting_is_told_in_one_sentence(tmp_path: Path, line: str, s
         read(tmp_path, line + "\n")
     assert said in str(refused.value) and str(tmp_path / "env.sh") in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_scratch_too_long_for_the_sockets_of_ray_is_told_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    longest = f"/{'x' * 27}"
+    socket = "/ray-67108863/session_2026-11-30_15-10-31_123456_4194304/sockets/plasma_store.1"
+    assert len(longest + socket) == 107  # of the 108 bytes of sun_path one is the end's
+    check_ray_folder(read(tmp_path, f"SCRATCH={longest}\n"))
+    check_ray_folder(read(tmp_path, f"SCRATCH={longest}/$SURELY_NOT_SET_ANYWHERE\n"))  # a job may know better
+    monkeypatch.setenv("WHO", "me")
+    with pytest.raises(UserError, match=rf"env\.sh: SCRATCH={longest}/me is too long a path .* leave it 28 bytes; "):
+        check_ray_folder(read(tmp_path, f"SCRATCH={longest}/$WHO\n"))
 
 
 def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path: Path):
