@@ -93,6 +93,7 @@ def frames_unchecked(path: Path) -> dict[int | None, np.ndarray]:
     """What plain PyAV gives, by presentation time."""
     frames: dict[int | None, np.ndarray] = {}
     with av.open(str(path)) as container:
+        container.streams.video[0].codec_context.thread_count = 1
         for packet in container.demux(video=0):
             try:
                 frames |= {frame.pts: frame.to_ndarray(format="rgb24") for frame in packet.decode()}

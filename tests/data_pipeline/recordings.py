@@ -58,6 +58,7 @@ def write_video(
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], pix_fmt
         stream.codec_context.time_base = time_base
         stream.codec_context.gop_size = gop
+        stream.codec_context.thread_count = 3  # else encoders count the machine's cores, and write other bytes on each
         if b_frames:
             stream.codec_context.max_b_frames = b_frames
         if pixel_aspect:
