@@ -42,7 +42,7 @@ on_signal() {
     fi
     say "$1: the job is to end; waiting for it to save"
     IS_STOPPING=yes SIGNALS=$((SIGNALS + 1))
-    [ "$1" = TERM ] || [ -z "$STEP" ] || kill -s "$STEP_SIGNAL" "$STEP" 2>/dev/null
+    [ "$1" = TERM ] || [ -z "$STEP" ] || stop_step
 }
 is_out_of_time() { [ "$SECONDS" -ge "$((TIME_S - 10))" ]; }
 trap 'on_signal USR2' USR2
@@ -60,6 +60,7 @@ run_step() { # srun in the background, or bash would answer no signal before it 
     [ "$IS_STOPPING" = no ] || return 75 # a signal came before there was a step to pass it on to
     "${SRUN[@]}" "$@" >>"$ATTEMPT_LOGS/launcher.log" 2>&1 &
     STEP=$!
+    [ "$IS_STOPPING" = no ] || stop_step # it came between these lines
     while :; do # a signal interrupts `wait`
         seen=$SIGNALS
         wait "$STEP"
@@ -67,8 +68,17 @@ run_step() { # srun in the background, or bash would answer no signal before it 
         [ "$seen" = "$SIGNALS" ] && break
     done
     STEP=''
+    [ "$IS_STOPPING" = no ] || has_begun || code=75 # nothing was lost
     return $code
 }
+
+stop_step() { # before there are ranks, their signal would end a launcher or be lost on its way: srun answers TERM
+    local how=$STEP_SIGNAL
+    has_begun || how=TERM
+    kill -s "$how" "$STEP" 2>/dev/null
+}
+
+has_begun() { compgen -G "$ATTEMPT_LOGS/rank_*.json" >/dev/null; }
 
 end_attempt() { # with the step's exit code: this job again, or none, or the next one
     local verdict code # after the code perhaps nodes to stay away from, and the cause where the script knows it

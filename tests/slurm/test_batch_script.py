@@ -273,6 +273,27 @@ def name_of(pid: int) -> str:
         return ""
 
 
+@pytest.mark.slow
+def test_a_signal_that_comes_before_the_ranks_is_a_clean_stop(chain: Chain):
+    """By a Python that takes long to start, and knows nothing of signals until it has."""
+    marker = chain.folder / "starting"
+    (chain.folder / "python").write_text(f"""#!/bin/bash
+    case "$*" in
+    *slurm.rank*) [ -e {marker} ] || {{ touch {marker}; exec sleep 300; }} ;;
+    esac
+    exec {sys.executable} "$@"
+    """)
+    (chain.folder / "python").chmod(0o755)
+    chain = Chain(chain.folder, chain.cluster, f"PYTHON={chain.folder}/python\n")
+    chain.write(pretrain={"does": "ok", "launcher": "srun"})
+    chain.submit()
+    chain.cluster.wait_until(marker.exists, f"{marker}\n{chain.said()}")
+    chain.cluster.run("scancel", "--signal=USR2", "--batch", chain.jobs()[0]["job_id"])
+    chain.wait_for_end()
+    attempts = read_attempts(chain.run_dir / "slurm/pretrain")
+    assert [(one.exit_code, one.verdict) for one in attempts] == [(75, "requeue"), (0, "done")], chain.said()
+
+
 def test_a_container_is_given_the_command_and_the_folders(chain: Chain):
     """By a stand-in for apptainer, which notes what it was called with and runs the rest of it."""
     (chain.folder / "bin").mkdir()
