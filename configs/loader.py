@@ -67,9 +67,20 @@ class StrictConfig(BaseModel):
         """No shell expands the `~` of a YAML value or of `key=~/data`."""
         if isinstance(value, dict):
             return {key: cls._expand_home(inner) for key, inner in value.items()}
-        if isinstance(value, Path) and str(value).isspace():
-            raise ValueError("should be a path, not blank")
-        return value.expanduser() if isinstance(value, Path) else value
+        return _path_from_home(value) if isinstance(value, Path) else value
+
+
+def _path_from_home(path: Path) -> Path:
+    if str(path).isspace():
+        raise ValueError("should be a path, not blank")
+    try:
+        if b"\0" not in os.fsencode(path):
+            return path.expanduser()
+    except UnicodeEncodeError:  # half a character, as YAML's escapes can write it
+        pass
+    except RuntimeError:
+        raise ValueError("begins with the home folder of somebody who is not known here") from None
+    raise ValueError("holds a character that no path can have")
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

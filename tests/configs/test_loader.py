@@ -285,6 +285,18 @@ def test_a_blank_path_is_refused():
     assert load_config(RunConfig, None, ["dataset=d", "instruction="]).instruction == ""
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (r'"a\0b"', "holds a character that no path can have"),
+        (r'"\ud800"', "holds a character that no path can have"),
+        ("~nobody-of-this-name/x", "begins with the home folder of somebody who is not known here"),
+    ],
+)
+def test_a_path_that_cannot_be_is_refused(write, text, said):
+    assert f"but {said}." in problem(write(f"dataset: {text}"))
+
+
 def test_override_of_a_key_that_does_not_exist(write):
     path = write("dataset: d")
     sentence = problem(path, "optimizer.lrr=1")
