@@ -236,7 +236,7 @@ class ChainConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _has_stages(self) -> "ChainConfig":
-        if not self.stages.model_fields_set:
+        if not any(getattr(self.stages, name) for name in Stages.model_fields):
             raise ValueError("stages is empty; give at least one of data, pretrain, finetune, evaluate")
         return self
 

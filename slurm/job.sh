@@ -84,7 +84,7 @@ end_attempt() { # with the step's exit code: this job again, or none, or the nex
     local verdict code # after the code perhaps nodes to stay away from, and the cause where the script knows it
     verdict=$("$HOST_PYTHON" -m slurm.attempts end "$JOB_FOLDER" --exit-code "$1" --cause "${3:-}")
     code=$?
-    say "attempt $ATTEMPT ended with exit code $1: $verdict"
+    say "attempt $ATTEMPT is over, with exit code $1 of its launcher: $verdict"
     [ "$verdict" != requeue ] || requeue "${2:-}"
     exit $code
 }

@@ -58,7 +58,7 @@ def script_path(job: Job, chain: ChainConfig) -> Path:
 
 def sbatch_options(job: Job, chain: ChainConfig, environment: Environment, node_counts: Sequence[int]) -> Iterator[str]:
     config, cluster = job.config, environment.cluster
-    yield f"--job-name={chain.run_dir.name}-{job.stage}"
+    yield f"--job-name={job.stage}-{chain.run_dir.name}"  # of which squeue shows eight characters
     for option, value in (
         ("partition", config.partition or cluster.partition),
         ("account", cluster.account),
@@ -248,5 +248,7 @@ def _expanded(text: str) -> str:
 
 
 def _literal(text: str) -> str:
+    if "$" in text or "`" in text:  # which in single quotes look like a mistake
+        return '"' + re.sub(r'([$`"\\])', r"\\\1", text) + '"'
     # shlex leaves commas bare, which look like a mistake in an array.
     return shlex.quote(text) if "," not in text or "'" in text else f"'{text}'"

@@ -1,5 +1,6 @@
 """What a stage's own command makes of its config, asked before anything is submitted: its mistakes are told at once."""
 
+import json
 import logging
 import os
 import shutil
@@ -13,6 +14,7 @@ from configs.yaml_text import parse_yaml
 
 from .chain import ARRAY_INDEX, DataConfig, Job, Task, TrainingConfig, usable_node_counts
 from .environment import Environment
+from .print_configs import Answer
 from .render import Place
 
 logger = logging.getLogger(__name__)
@@ -32,8 +34,7 @@ def check_stages(jobs: Sequence[Job], environment: Environment, place: Place) ->
         return [_node_counts(job, [None]) for job in jobs]
     logger.info("asking each stage's command what it makes of its config")
     with ThreadPoolExecutor(4) as pool:
-        asked = [[pool.submit(_ask, job.stage, task, python, place) for task in _that_differ(job)] for job in jobs]
-        return [_node_counts(job, [one.result() for one in answers]) for job, answers in zip(jobs, asked, strict=True)]
+        return list(pool.map(lambda job: _node_counts(job, _ask(job, python, place)), jobs))
 
 
 def _that_differ(job: Job) -> Iterable[Task]:
@@ -46,19 +47,43 @@ def _that_differ(job: Job) -> Iterable[Task]:
     }.values()
 
 
-def _ask(stage: str, task: Task, python: str, place: Place) -> Settings | None:
-    """The task's resolved settings; None where its packages are not installed here."""
-    command = [word.replace(ARRAY_INDEX, "0") for word in task.command]
+def _ask(job: Job, python: str, place: Place) -> list[Settings | None]:
+    """The resolved settings of the job's tasks; None where the packages of its command are not installed here."""
+    tasks = list(_that_differ(job))
+    commands = [[word.replace(ARRAY_INDEX, "0") for word in task.command] for task in tasks]
     process = subprocess.run(
-        [python, "-m", *command, "--print-config"], cwd=place.work_dir, capture_output=True, text=True
+        [python, "-m", "slurm.print_configs"],
+        input=json.dumps(commands),
+        cwd=place.work_dir,
+        capture_output=True,
+        text=True,
     )
-    said = process.stderr.strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
-    if process.returncode == BAD_INPUT:
-        raise UserError(f"stage {stage}, python -m {task.command[0]}: {said[0].removeprefix('error: ')}")
     if process.returncode:
-        logger.warning("stage %s could not be asked here, so its config is not checked: %s", stage, said[0])
+        _warn(job, process.stderr, process.returncode)
+        return [None]
+    answers = [Answer(*answer) for answer in json.loads(process.stdout)]
+    return [_settings(job, task, answer) for task, answer in zip(tasks, answers, strict=True)]
+
+
+def _settings(job: Job, task: Task, answer: Answer) -> Settings | None:
+    if answer.exit_code == BAD_INPUT:
+        which = f"{task.name}, " if len(job.tasks) > 1 and job.pattern is None else ""
+        said = _last_line(answer.errors, BAD_INPUT).removeprefix("error: ")
+        raise UserError(f"stage {job.stage}, {which}python -m {task.command[0]}: {said}")
+    if answer.exit_code:
+        _warn(job, answer.errors, answer.exit_code)
         return None
-    return parse_yaml(process.stdout)
+    return parse_yaml(answer.output)
+
+
+def _warn(job: Job, errors: str, code: int) -> None:
+    logger.warning(
+        "stage %s could not be asked here, so its config is not checked: %s", job.stage, _last_line(errors, code)
+    )
+
+
+def _last_line(errors: str, code: int) -> str:
+    return (errors.strip().splitlines() or [f"exit code {code}"])[-1]
 
 
 def _node_counts(job: Job, answers: Sequence[Settings | None]) -> list[int]:

@@ -114,10 +114,18 @@ def write_texts(chain: ChainConfig, jobs: Sequence[Job]) -> list[Script]:
     if any(isinstance(job.config, DataConfig) and job.config.kind == "ray" for job in jobs):
         check_ray_folder(environment)
     node_counts = check_stages(jobs, environment, place)
-    return [
+    scripts = [
         Script(job, script_path(job, chain), render(job, chain, environment, place, counts))
         for job, counts in zip(jobs, node_counts, strict=True)
     ]
+    for script in scripts:
+        if not _is_utf_8(script.text):
+            raise UserError(f"stage {script.job.stage}: a path in it is not UTF-8; rename it, or link it elsewhere.")
+    return scripts
+
+
+def _is_utf_8(text: str) -> bool:
+    return text == text.encode(errors="replace").decode()
 
 
 def dry_run(scripts: Sequence[Script]) -> str:

@@ -87,6 +87,7 @@ def test_parts_of_a_build_are_one_pattern():
     ("text", "said"),
     [
         ("run_dir: r\nstages: {}\n", "stages is empty"),
+        ("run_dir: r\nstages: {data: }\n", "stages is empty"),
         ("run_dir: a b\nstages: {data: {config: c, time: 5}}\n", "without spaces"),
         ("run_dir: a#b\nstages: {data: {config: c, time: 60}}\n", "without spaces, quotes, $, %, #"),
         ('run_dir: "a\\x07"\nstages: {data: {config: c, time: 60}}\n', "without spaces"),

@@ -71,6 +71,28 @@ def test_bash_and_shellcheck_accept_it(case: str, tmp_path: Path):
     complaints_of(["shellcheck", *files])
 
 
+def test_odd_words_are_no_harm(tmp_path: Path):
+    odd = "a=$HOME `id` $(id) \"b\" 'c'\\ \n#!* \u00e4"
+    stage = {"config": f"{odd}.yaml", "overrides": [odd], "presets": [{"name": "-p", "overrides": [odd]}], "time": "60"}
+    chain = ChainConfig(run_dir="/runs/(x);&*[y]\u00e4!", stages={"finetune": stage})
+    (tmp_path / "env.sh").write_text("export A='b c'\nSCRATCH=$A/x\nMODULES='c d'\n")
+    (job,) = plan_jobs(chain)
+    script = Script(job, script_path(job, chain), render(job, chain, read_environment(tmp_path / "env.sh"), PLACE, [1]))
+    file = tmp_path / "odd.sbatch"
+    file.write_text(script.text)
+    complaints_of(["bash", "-n", str(file)])
+    complaints_of(["bash", "-n", "-c", dry_run([script]).rpartition("==> commands\n")[2]])
+    case = script.text[script.text.index("\ncase ") : script.text.index("\nesac")]
+    said = subprocess.run(
+        ["bash", "-c", f"SLURM_ARRAY_TASK_ID=0{case}\nesac\nprintf '%s\\0' \"${{COMMAND[@]}}\""],
+        capture_output=True,
+        text=True,
+    )
+    assert said.stdout.split("\0")[:-1] == list(job.tasks["0"].command)
+    if shutil.which("shellcheck") is not None:
+        complaints_of(["shellcheck", str(file)])
+
+
 def test_what_shellcheck_accepts_it_could_refuse(tmp_path: Path):
     if shutil.which("shellcheck") is None:
         pytest.skip("needs shellcheck: ./setup.sh --test-packages")
