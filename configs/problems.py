@@ -141,6 +141,7 @@ _NEXT_MOVES = {
     **dict.fromkeys((errno.EEXIST, errno.ENOTEMPTY), "move away what is there or choose another path"),
     errno.EFBIG: "raise the limit of the size of files (`ulimit -f`) and start the same command again",
     errno.ENAMETOOLONG: "choose a shorter path",
+    errno.ELOOP: "a link leads back to itself, so choose another path",
     errno.EMFILE: "raise the limit of open files (`ulimit -n`)",
 }
 

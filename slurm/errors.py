@@ -87,14 +87,16 @@ def error_page(folder: Path, attempt: Attempt, num_lines: int = TAIL_LINES) -> s
         parts += _section("first", [_describe(first), f"  its log is {endings[0].log}"])
         parts += _section("then", [_describe(group) for group in rest])
     others = [path for path in sorted(logs.glob("*.log")) if not path.name.startswith("rank_")]
-    notices = [line for path in others for line in _tail(path) if _NOTICE.search(line)]
+    notices = [line for path in others for line in last_lines(path) if _NOTICE.search(line)]
     parts += _section("the launcher and SLURM say", list(dict.fromkeys(notices))[:num_lines])
     if not (problems or endings or notices):
         parts.append("Nothing in its logs looks like an error.")
     for path in [endings[0].log] if endings else []:
-        parts += _section(f"the end of {path}", _tail(path)[-num_lines:])
+        parts += _section(f"the end of {path}", last_lines(path)[-num_lines:])
     for path in others:  # whose tracebacks are of launchers: they say nothing of the command
-        parts += _section(f"the end of {path}", [line for line in _tail(path) if not line[0].isspace()][-num_lines:])
+        parts += _section(
+            f"the end of {path}", [line for line in last_lines(path) if not line[0].isspace()][-num_lines:]
+        )
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -145,7 +147,7 @@ def _ending(
     logs: Path, row: dict[str, Any], failure: dict[str, Any], run_dir: Path | None, fates: dict[int, str]
 ) -> Ending:
     log = logs / f"rank_{row['rank']:04d}.log"
-    lines = _tail(log)
+    lines = last_lines(log)
     said = _said(lines)
     kind = SPOKE
     if said is None and isinstance(failure.get("error"), str):
@@ -195,7 +197,7 @@ def _unsaid(row: dict[str, Any], run_dir: Path | None, fates: dict[int, str]) ->
 def _fates(launcher_log: Path) -> dict[int, str]:
     """By process id, what torchrun saw become of a rank."""
     fates: dict[int, str] = {}
-    for line in _tail(launcher_log):
+    for line in last_lines(launcher_log):
         died, waited_for = _DEAD_PROCESS.search(line), _WAITED_FOR.search(line)
         if died:
             fates.setdefault(int(died.group(2)), f"was killed by signal {died.group(1)} {_UNKNOWN}")
@@ -247,7 +249,7 @@ def _section(title: str, lines: Sequence[str]) -> list[str]:
     return ["\n".join([f"{title}:", *(f"  {line}" for line in lines)])] if lines else []
 
 
-def _tail(path: Path) -> list[str]:
+def last_lines(path: Path) -> list[str]:
     """The last lines of a log, as they would be read on a terminal."""
     try:
         with path.open("rb") as file:

@@ -128,11 +128,15 @@ class TaskState:
         return bool(self.attempts) and self.attempts[-1].verdict == "done"
 
     @property
+    def of_this_job(self) -> list[Attempt]:
+        """Without those of earlier submissions."""
+        job_id = self.submission.job_id if self.submission else None
+        return [one for one in self.attempts if one.job_id.split("_")[0] == job_id]
+
+    @property
     def word(self) -> str:
         """done, running, waiting, failed, stopped, lost, cancelled, not submitted or not known."""
-        job_id = self.submission.job_id if self.submission else None
-        of_this_job = [one for one in self.attempts if one.job_id.split("_")[0] == job_id]
-        verdict = of_this_job[-1].verdict if of_this_job else "requeue"  # and yet it is not in the queue
+        verdict = self.of_this_job[-1].verdict if self.of_this_job else "requeue"  # and yet it is not in the queue
         if self.queued is not None and verdict != "done":  # a job that is done may still be at its last lines
             return "waiting" if self.queued.state == "PENDING" else "running"
         if self.is_done:

@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from configs.yaml_text import parse_yaml
 
 from . import scheduler
 from .attempt_files import ERRORS, LOGS, attempt_name, finite, read_rows
+from .errors import last_lines
 from .jobs import TaskState, read_chain, read_states, read_submissions
 
 TAIL_BYTES = 1 << 16  # of metrics.jsonl: enough for its last rows
@@ -76,9 +78,12 @@ def columns(state: TaskState) -> Iterator[str]:
 
 def details(state: TaskState) -> Iterator[str]:
     """Why it ended, and where its logs are."""
+    if state.word == "cancelled" and not state.of_this_job:
+        said = last_line(state)
+        yield f"it never began: {f'{state.batch_log} ends with' if said else 'cancelled, or what it waits for failed'}"
+        yield from filter(None, [said])
+        return
     if not state.attempts:
-        if state.word == "cancelled":
-            yield f"it never began: cancelled, or what it waits for failed, or see {state.batch_log}"
         return
     last = state.attempts[-1]
     if state.word in ("failed", "stopped", "lost", "cancelled"):
@@ -89,6 +94,17 @@ def details(state: TaskState) -> Iterator[str]:
             yield f"errors: {errors}"
     if state.word != "done":
         yield f"logs: {state.task.folder / LOGS / attempt_name(last.number)}"
+
+
+def last_line(state: TaskState) -> str:
+    """Of what the batch script of this submission said; nothing where it was never started."""
+    if state.submission is None:
+        return ""
+    try:
+        written = datetime.fromtimestamp(state.batch_log.stat().st_mtime, UTC).isoformat()
+    except OSError:
+        return ""
+    return next(reversed(last_lines(state.batch_log)), "") if written >= state.submission.submitted else ""
 
 
 # --- what came out ------------------------------------------------------------------------------------------------

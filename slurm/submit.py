@@ -153,7 +153,10 @@ def write_files(chain: ChainConfig, scripts: Sequence[Script]) -> None:
             script.path.chmod(0o755)
         (chain.run_dir / CHAIN_FILE).write_text(dump_config(chain), encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{error.filename}: cannot be written ({error.strerror}); choose another run_dir.") from None
+        where = error.filename or chain.run_dir
+        raise UserError(
+            f"{where}: cannot be written ({error.strerror}); make room, or choose another run_dir."
+        ) from None
     for script in scripts:
         scheduler.check_script(script.path, f"stage {script.job.stage}")
 

@@ -55,11 +55,23 @@ def test_every_state_has_its_word_and_says_what_to_do(tmp_path: Path):
         "finetune  stops stopped  job 8_3  attempt 1",
         "finetune  is_lost lost  job 8_4  attempt 1",
         "finetune  never_began cancelled  job 8_5",
-        f"see {tmp_path}/slurm/finetune/batch_5.log",
+        "it never began: cancelled, or what it waits for failed",
         "finetune  is_over cancelled  job 8_6  attempt 1",
         f"to go on after a fix: python -m slurm.resubmit {tmp_path}",
     ):
         assert line in said, said
+
+
+def test_a_job_that_ended_in_its_first_lines_says_why(tmp_path: Path):
+    chain = chain_in(tmp_path)
+    log = tmp_path / "slurm/finetune/batch_5.log"
+    log.write_text("error: /scratch cannot be written on n1: is there room?\n")
+    said = "\n".join(report(tmp_path, read_states(chain, {})))
+    assert f"it never began: {log} ends with\n            error: /scratch cannot be written on n1" in said
+    jobs = tmp_path / "jobs.json"
+    jobs.write_text(jobs.read_text().replace('"submitted": ""', '"submitted": "2999-01-01T00:00:00+00:00"'))
+    said = "\n".join(report(tmp_path, read_states(chain, {})))
+    assert "cannot be written" not in said  # that was an earlier submission's
 
 
 def test_without_the_queue_nothing_is_called_over(tmp_path: Path):
