@@ -24,7 +24,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
 
-LEDGER, ERRORS = "attempts.jsonl", "errors.txt"
+LEDGER, ERRORS, REPORT = "attempts.jsonl", "errors.txt", "report.html"
 LOGS, PREFLIGHT = "logs", "preflight"
 ALL_REDUCE = "all_reduce"  # what goes wrong with it may be another node's fault
 DONE, REQUEUE, STOP, FAILED = "done", "requeue", "stop", "failed"

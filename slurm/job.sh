@@ -86,7 +86,15 @@ end_attempt() { # with the step's exit code: this job again, or none, or the nex
     code=$?
     say "attempt $ATTEMPT is over, with exit code $1 of its launcher: $verdict"
     [ "$verdict" != requeue ] || requeue "${2:-}"
+    [ "$verdict" = requeue ] || [ -z "${CHAIN_DIR:-}" ] || write_report
     exit $code
+}
+
+write_report() { # on the chain, with what this job has come to
+    trap '' TERM USR2
+    timeout 300 "${SRUN[@]}" --overlap --nodes=1 --ntasks=1 --nodelist="${NODES%% *}" \
+        "${PYTHON[@]}" -m slurm.report "$CHAIN_DIR" ||
+        say "the chain's page is not written; python -m slurm.report $CHAIN_DIR writes it"
 }
 
 requeue() { # which ends this script: SLURM sends TERM, and gives it some seconds for what is left to do

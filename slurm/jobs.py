@@ -137,15 +137,20 @@ class TaskState:
     def word(self) -> str:
         """done, running, waiting, failed, stopped, lost, cancelled, not submitted or not known."""
         verdict = self.of_this_job[-1].verdict if self.of_this_job else "requeue"  # and yet it is not in the queue
-        if self.queued is not None and verdict != "done":  # a job that is done may still be at its last lines
-            return "waiting" if self.queued.state == "PENDING" else "running"
+        ended = {"done": "done", "failed": "failed", "stop": "stopped"}.get(verdict or "")
+        if self.queued is not None and self.queued.state == "PENDING":
+            return "waiting"
+        if ended is not None:  # though the job itself may still be at its last lines
+            return ended
+        if self.queued is not None:
+            return "running"
         if self.is_done:
             return "done"
         if self.submission is None:
             return "not submitted"
         if not self.is_queue_known:
             return "not known"
-        return {"failed": "failed", "stop": "stopped", "requeue": "cancelled"}.get(verdict or "", "lost")
+        return "cancelled" if verdict == "requeue" else "lost"
 
 
 def read_states(chain: ChainConfig, queue: Mapping[tuple[str, str], QueuedTask] | None) -> list[TaskState]:

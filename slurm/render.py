@@ -118,6 +118,8 @@ def settings(
     yield from _array("PYTHON", list(_python(chain, environment, place, config.gpus_per_node)))
     yield f"TIME_S={seconds(config.time)}"
     yield f"MAX_FAILURES={config.max_failures} # in a row"
+    if job.pattern is None:  # parts of a build are too many to write the page each
+        yield f"CHAIN_DIR={_quoted(chain.run_dir)} # where the page is written"
     if isinstance(config, TrainingConfig):
         yield f"LEAD_S={config.lead_s}"
         yield f"LAUNCHER={config.launcher}"

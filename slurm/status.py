@@ -18,7 +18,7 @@ from configs.loader import StrictConfig, UserError, run_command
 from configs.yaml_text import parse_yaml
 
 from . import scheduler
-from .attempt_files import ERRORS, LOGS, attempt_name, finite, read_rows
+from .attempt_files import ERRORS, LOGS, REPORT, attempt_name, finite, read_rows
 from .errors import last_lines
 from .jobs import TaskState, read_chain, read_states, read_submissions
 
@@ -40,6 +40,8 @@ def main(config: StatusConfig) -> int:
         sys.stdout.write(f"{error}\n")
     states = read_states(chain, queue)
     sys.stdout.write("\n".join(report(chain.run_dir, states)) + "\n")
+    if (chain.run_dir / REPORT).is_file():
+        sys.stdout.write(f"on one page: {chain.run_dir / REPORT}\n")
     return 0
 
 

@@ -46,6 +46,7 @@ STARTS_FAST = (
     "data_pipeline.verify",
     "finetune.demo",
     "finetune.record",
+    "slurm.report",
     "slurm.submit",
     "slurm.status",
 )

@@ -188,6 +188,7 @@ def test_a_chain_that_is_cancelled_stays_so_until_it_is_submitted_again(chain: C
     assert [job["stage"] for job in chain.jobs()] == ["data", "pretrain", "pretrain"]
 
 
+@pytest.mark.slow
 def test_after_a_failure_what_is_due_runs_again_and_nothing_else(chain: Chain):
     presets = [{"name": "a", "overrides": ["does=ok"]}, {"name": "b", "overrides": ["does=2"]}]
     chain.write(finetune={"does": "ok", "presets": presets, "launcher": "srun"}, evaluate={"does": "ok"})
@@ -198,6 +199,7 @@ def test_after_a_failure_what_is_due_runs_again_and_nothing_else(chain: Chain):
     status = chain.status()
     assert "finetune  b failed" in status and "evaluate  b cancelled" in status
     assert f"to go on after a fix: python -m slurm.resubmit {chain.run_dir}" in status
+    assert "stage finetune" in (chain.run_dir / "report.html").read_text() and "on one page: " in status
     stored = chain.run_dir / "chain.yaml"
     stored.write_text(stored.read_text().replace("does=2", "does=ok"))
     process = chain.call("slurm.resubmit", chain.run_dir)
@@ -207,6 +209,7 @@ def test_after_a_failure_what_is_due_runs_again_and_nothing_else(chain: Chain):
     assert finetune["tasks"] == evaluate["tasks"] == {"1": "b"} and evaluate["depends_on"] == [finetune["job_id"]]
     assert chain.verdicts("finetune/b") == ["failed", "done"] and chain.verdicts("evaluate/b") == ["done"]
     assert chain.verdicts("finetune/a") == ["done"]
+    assert "all stages are done" in (chain.run_dir / "report.html").read_text()
 
 
 @pytest.mark.slow

@@ -78,8 +78,15 @@ def test_without_the_queue_nothing_is_called_over(tmp_path: Path):
     states = read_states(chain_in(tmp_path), None)
     words = {state.task.name: state.word for state in states}
     assert words["at_work"] == words["waits"] == words["never_began"] == "not known"
-    assert words["part_0"] == "done"
-    assert "resubmit" not in "\n".join(report(tmp_path, states))
+    assert (words["part_0"], words["fails"], words["stops"]) == ("done", "failed", "stopped")
+    assert not {"lost", "cancelled"} & {*words.values()}
+
+
+def test_a_job_at_its_last_lines_is_told_by_how_its_attempt_ended(tmp_path: Path):
+    queue = {("7", "0"): RUNNING, ("8", "2"): RUNNING, ("8", "3"): WAITING}
+    words = {state.task.name: state.word for state in read_states(chain_in(tmp_path), queue)}
+    assert (words["part_0"], words["fails"]) == ("done", "failed")
+    assert words["stops"] == "waiting"  # somebody has requeued it by hand
 
 
 # --- what a training and an evaluation leave ----------------------------------------------------------------------

@@ -76,6 +76,8 @@ def test_one_command_from_recordings_to_a_report_past_a_killed_preset(cluster: A
     assert [one.verdict for one in killed.attempts] == ["requeue", "done"]
     assert killed.attempts[0].exit_code not in (0, 75)
     assert [one.verdict for one in joint.attempts] == ["done"]  # it knows nothing of its neighbour's trouble
+    page = (run / "report.html").read_text()  # which the last job has written
+    assert all(said in page for said in ("all stages are done", "loss of finetune, joint", "1 failed", "blind"))
     for name in ("joint", "actions_alone"):
         results = json.loads((run / "evaluate" / name / "results.json").read_text())
         assert {"policy", "blind"} <= results["action_error"].keys()
