@@ -1,6 +1,5 @@
 """SLURM's commands: the only file that calls them. What they refuse is a `UserError` with what they said."""
 
-import getpass
 import re
 import shutil
 import subprocess
@@ -107,16 +106,23 @@ def submission(script: Path, dependency: str = "", array: str = "") -> list[str]
 
 def submit(command: Sequence[str]) -> str:
     """The id of the job that a `submission` makes."""
-    return _run(*command).strip().split(";")[0]  # what follows is the cluster's name
+    said = _run(*command).strip()
+    job_id = said.split(";")[0]  # what follows is the cluster's name
+    if not job_id.isdigit():
+        raise UserError(f"sbatch: says {said!r}, which is no job's id; look with squeue whether it was submitted.")
+    return job_id
 
 
 def read_queue(job_ids: Iterable[str], otherwise: str = "") -> dict[tuple[str, str], QueuedTask]:
-    """This user's jobs of these ids that have not ended, by id and index in the array ("" where there is none).
+    """Jobs of these ids that have not ended, whoever's they are, by id and index in the array ("" where there is none).
 
     Where SLURM does not say, the `UserError` also tells what is left undone: `otherwise`.
     """
-    wanted = set(job_ids)
-    command = ["squeue", "--noheader", "--array", f"--user={getpass.getuser()}", f"--format={FIELDS}"]
+    wanted = list(dict.fromkeys(job_ids))
+    if not wanted:
+        return {}
+    listed = ",".join([*wanted, wanted[0]])  # of one alone that has ended, squeue says that it is invalid
+    command = ["squeue", "--noheader", "--array", f"--jobs={listed}", f"--format={FIELDS}"]
     try:
         jobs = [_queued(line) for line in _run(*command).splitlines()]
     except UserError as error:

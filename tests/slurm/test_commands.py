@@ -61,6 +61,26 @@ def run_dir(tmp_path: Path) -> Path:
     return run_dir
 
 
+# --- whose jobs they are ------------------------------------------------------------------------------------------
+
+
+def test_a_chain_is_looked_at_whoever_asks(
+    slurm: Slurm, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Or to a colleague, and after `su`, what is at work would look cancelled: resubmit would start it again."""
+    monkeypatch.setenv("LOGNAME", "somebody_else")
+    slurm.says("squeue", AT_WORK)
+    assert COMMANDS["status"](run_dir) == 0 and "pretrain  running" in capsys.readouterr().out
+    (call,) = slurm.calls("squeue")
+    assert "--jobs=8,8 " in call and "somebody_else" not in call and "--user" not in call
+
+
+def test_what_is_no_id_of_a_job_is_told(slurm: Slurm):
+    slurm.says("sbatch", "echo Welcome to our cluster")
+    with pytest.raises(UserError, match="sbatch: says 'Welcome to our cluster', which is no job's id"):
+        scheduler.submit(["sbatch", "job.sbatch"])
+
+
 # --- SLURM does not answer ----------------------------------------------------------------------------------------
 
 ANSWERS = [
