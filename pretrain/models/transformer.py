@@ -240,13 +240,13 @@ def run_experts(
     present = KeyValueCache(headers=headers if keep else [])
     for layer in range(len(experts[groups[0].expert])):
         blocks = [cast(ExpertBlock, experts[stream.expert][layer]) for stream in streams]
-        run = partial(_layer, blocks, streams, text, plan, exchange, past.layers[layer] if past.layers else None)
+        run = partial(_layer, blocks, streams, text, plan, exchange, past.layers[layer] if past.layers else None, keep)
         run = partial(blocks[0].execution.run_layer, run)
         for block in dict.fromkeys(blocks):
             run = partial(block, layer=run)
-        *tokens, key, value = run(*tokens)
-        if keep:
-            present.layers.append((key, value))
+        *tokens, keys_values = run(*tokens)
+        if keys_values is not None:
+            present.layers.append(keys_values)
     return _unmerged(tokens, groups), present
 
 
@@ -291,9 +291,13 @@ def _layer(
     plan: AttentionPlan,
     exchange: HeadExchange,
     past: tuple[Tensor, Tensor] | None,
+    keep: bool,
     *tokens: Float[Tensor, "b n d"],
-) -> tuple[Tensor, ...]:
-    """One layer of all streams; returns their tokens, and the layer's own keys and values."""
+) -> tuple[Any, ...]:
+    """One layer of all streams; returns their tokens, and the layer's own keys and values, or None in place of them.
+
+    They are views, of which engines that hook into what a block returns would warn.
+    """
     rows = [block.modulations(stream.modulation) for block, stream in zip(blocks, streams, strict=True)]
     inputs = [
         block.attention_inputs(x, row, stream.rotary)
@@ -307,4 +311,4 @@ def _layer(
         block.after_attention(x, part, text[stream.expert], row)
         for block, x, part, row, stream in zip(blocks, tokens, parts, rows, streams, strict=True)
     )
-    return *after, key, value
+    return *after, (key, value) if keep else None
