@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.timing import say
 from pretrain.flops import TokenCounts, peak_flops, training_flops
 from pretrain.models.attention import SDPA_BACKENDS, AttentionBackend, attend, attention
-from pretrain.models.execution import Checkpointing, Execution, set_execution
+from pretrain.models.execution import Checkpointing, Execution, recomputing, set_execution
 from pretrain.models.token_groups import Rule, attention_plan
 from pretrain.models.video_dit import VideoDiT, VideoDiTConfig
 
@@ -239,7 +239,8 @@ def wait(device: torch.device) -> None:
 def row(clips: Clips, variant: Variant, sizes: VideoDiTConfig, text_length: int, seconds: float) -> dict[str, Any]:
     (t, h, w), (s, p, q) = clips.latents, sizes.patch_size
     tokens = (t // s) * (h // p) * (w // q)
-    flops = training_flops(sizes, TokenCounts(tokens, tokens**2, 1, text_length), variant.checkpointing)
+    again = recomputing(variant.checkpointing, variant.compile and variant.who == "ours")
+    flops = training_flops(sizes, TokenCounts(tokens, tokens**2, 1, text_length), again)
     peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     return {
         "step_s": seconds,

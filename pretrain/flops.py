@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from .models.action_expert import ActionExpertConfig
-from .models.execution import Checkpointing
+from .models.execution import Recomputing
 from .models.video_dit import VideoDiTConfig
 
 PEAK_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "GB200": 2500e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12}
@@ -81,12 +81,12 @@ def _video_tokens(config: VideoDiTConfig, latents: tuple[int, int, int], context
 
 
 def training_flops(
-    config: VideoDiTConfig, counts: TokenCounts, checkpointing: Checkpointing = "none", fused_attention: bool = True
+    config: VideoDiTConfig, counts: TokenCounts, recomputing: Recomputing = "none", fused_attention: bool = True
 ) -> Flops:
     """Of one clip, forward and backward. Fused attention computes its scores again in the backward pass."""
     numbers = counts.tokens * math.prod(config.patch_size)
     ends = numbers * config.in_channels, numbers * config.out_channels
-    return _expert_flops(config, config, counts, ends, checkpointing, fused_attention)
+    return _expert_flops(config, config, counts, ends, recomputing, fused_attention)
 
 
 def action_flops(
@@ -95,12 +95,12 @@ def action_flops(
     counts: TokenCounts,
     action_dim: int,
     proprio_dim: int,
-    checkpointing: Checkpointing = "none",
+    recomputing: Recomputing = "none",
     fused_attention: bool = True,
 ) -> Flops:
     """As `training_flops`, of the action expert beside that video expert: a token of proprio, and one per action."""
     numbers = (counts.tokens - 1) * action_dim
-    return _expert_flops(config, video, counts, (proprio_dim + numbers, numbers), checkpointing, fused_attention)
+    return _expert_flops(config, video, counts, (proprio_dim + numbers, numbers), recomputing, fused_attention)
 
 
 def _expert_flops(
@@ -108,7 +108,7 @@ def _expert_flops(
     shared: VideoDiTConfig,
     counts: TokenCounts,
     ends: tuple[int, int],
-    checkpointing: Checkpointing,
+    recomputing: Recomputing,
     fused_attention: bool,
 ) -> Flops:
     """Heads, layers and text width are those that all experts share; `ends` are the numbers that go in and come out."""
@@ -121,7 +121,8 @@ def _expert_flops(
     rest = 2 * d * (text * d + counts.rows * 7 * d + ends[1])
     forward = layers + first + rest
     backward = 2 * (layers + rest) + first  # nobody asks for the gradients of what goes in
-    recomputed = (layers if checkpointing == "full" else 0) + (shared.num_layers * scores if fused_attention else 0)
+    again = {"full": linear + 2 * scores, "products": linear}.get(recomputing, 0)
+    recomputed = shared.num_layers * (again + (scores if fused_attention else 0))
     return Flops(forward, backward, recomputed)
 
 

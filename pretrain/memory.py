@@ -16,7 +16,7 @@ from torch import nn
 from .engine.base import EngineConfig
 from .engine.deepspeed import REDUCE_BUCKET
 from .flops import TokenCounts
-from .models.execution import Checkpointing, blocks_of
+from .models.execution import Recomputing, blocks_of
 from .models.video_dit import VideoDiTConfig
 
 FLOAT = 4  # bytes
@@ -155,14 +155,14 @@ def activation_bytes(
     config: VideoDiTConfig,
     counts: TokenCounts,
     num_clips: int,
-    checkpointing: Checkpointing = "none",
+    recomputing: Recomputing = "none",
     precision: Precision = "bf16",
     sequence_parallel: int = 1,
 ) -> int:
     """Most bytes at a time, of a micro-batch of clips: what is kept, and what one layer's backward pass makes."""
     own = _own_tokens(counts, sequence_parallel)
-    kept = kept_bytes(config, own, checkpointing, precision)
-    return num_clips * (kept + working_bytes(config, own, checkpointing, precision))
+    kept = kept_bytes(config, own, recomputing, precision)
+    return num_clips * (kept + working_bytes(config, own, recomputing, precision))
 
 
 def _own_tokens(counts: TokenCounts, sequence_parallel: int) -> TokenCounts:
@@ -171,20 +171,22 @@ def _own_tokens(counts: TokenCounts, sequence_parallel: int) -> TokenCounts:
     return replace(counts, tokens=per_row * counts.rows)
 
 
-def kept_bytes(config: VideoDiTConfig, counts: TokenCounts, checkpointing: Checkpointing, precision: Precision) -> int:
+def kept_bytes(config: VideoDiTConfig, counts: TokenCounts, recomputing: Recomputing, precision: Precision) -> int:
     """What the forward pass of one clip leaves for the backward pass."""
-    layers = config.num_layers * layer_bytes(config, counts, checkpointing, precision)
+    layers = config.num_layers * layer_bytes(config, counts, recomputing, precision)
     return layers + outer_bytes(config, counts, precision)
 
 
-def layer_bytes(config: VideoDiTConfig, counts: TokenCounts, checkpointing: Checkpointing, precision: Precision) -> int:
+def layer_bytes(config: VideoDiTConfig, counts: TokenCounts, recomputing: Recomputing, precision: Precision) -> int:
     """What one layer saves of one clip."""
     d, f, heads = config.width, config.ffn_dim, config.num_attention_heads
     a = 2 if precision == "bf16" else FLOAT
-    if checkpointing == "full":
+    if recomputing == "full":
         return counts.tokens * a * d
     sums = 8 * heads  # of both attentions' softmax
-    if checkpointing == "selective":
+    if recomputing == "products":
+        return counts.tokens * (3 * a * d + sums)  # the layer's input, and what both attentions give
+    if recomputing == "selective":
         # the layer's input; queries, keys, values; both attentions and what is made of them; text queries; feed-forward
         return counts.tokens * (a * (10 * d + f) + sums) + counts.text * 2 * a * d
     norms = 3 * 8 + 3 * 4  # mean and deviation of each layer norm, scale of each query-key norm
@@ -208,10 +210,8 @@ def outer_bytes(config: VideoDiTConfig, counts: TokenCounts, precision: Precisio
     return counts.tokens * per_token + counts.text * per_text + counts.rows * per_row
 
 
-def working_bytes(
-    config: VideoDiTConfig, counts: TokenCounts, checkpointing: Checkpointing, precision: Precision
-) -> int:
+def working_bytes(config: VideoDiTConfig, counts: TokenCounts, recomputing: Recomputing, precision: Precision) -> int:
     """What one layer's backward pass makes: its activations again, where they were not kept, and gradients."""
-    again = layer_bytes(config, counts, "none", precision) - layer_bytes(config, counts, checkpointing, precision)
+    again = layer_bytes(config, counts, "none", precision) - layer_bytes(config, counts, recomputing, precision)
     a = 2 if precision == "bf16" else FLOAT
     return again + counts.tokens * (4 * FLOAT * config.width + 2 * a * config.ffn_dim)

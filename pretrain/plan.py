@@ -8,6 +8,7 @@ Without `latent_shape` the sizes of clips are those of the dataset. `--json` wri
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
@@ -15,10 +16,10 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import Field, ValidationError
 
 from configs.loader import UserError, run_command
 from configs.tables import console
@@ -31,7 +32,8 @@ from .engine.sequence_parallel import check_split
 from .flops import training_flops, world_model_tokens
 from .memory import ModelSize, Precision, activation_bytes, model_size, states
 from .metrics import read_metrics
-from .models.execution import Checkpointing
+from .models.execution import Checkpointing, recomputing
+from .models.video_dit import Size
 from .plan_report import ClipsPlan, GoodputPlan, GpuPlan, Plan, SettingPlan, StatesPlan, show
 from .step_time import (
     GPU_TYPES,
@@ -53,6 +55,10 @@ USABLE = 0.9
 CHECKPOINT_BYTES = 16  # per weight: itself, its average and two moments
 ASSUMED = {"action_dim": 7, "actions_per_latent": 4}
 """Where neither the config nor a dataset says it; a few thousand weights hang on it."""
+LEAST_MFU = 1e-4
+Count = Annotated[int, Field(ge=1, le=2**20)]
+Rate = Annotated[float, Field(ge=1e-3, le=1e9)]
+"""Hours, seconds or GB/s of a cluster: far beyond any, so what is smaller or larger is a slip of the keyboard."""
 MODES: tuple[Checkpointing, ...] = ("none", "selective", "full")
 SHARDINGS: dict[str, tuple[dict[str, Any], ...]] = {
     "deepspeed": tuple(
@@ -75,29 +81,27 @@ class PlanConfig(PretrainConfig):
     """A pretraining run, and where it is to run."""
 
     gpu: GpuName = Field("h200", description="type of GPU; what fits on the others is told as well")
-    num_gpus: PositiveInt = Field(8, description="GPUs of the run, which are its ranks")
-    gpus_per_node: PositiveInt = Field(8, description="GPUs of a machine")
-    latent_shape: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt] | None = Field(
+    num_gpus: Count = Field(8, description="GPUs of the run, which are its ranks")
+    gpus_per_node: Count = Field(8, description="GPUs of a machine")
+    latent_shape: tuple[Size, Size, Size, Size] | None = Field(
         None, description="latents of a clip: frames, channels, rows, columns; null: those of loader.dataset"
     )
     mfu: float = Field(
         0.4,
-        gt=0,
+        ge=LEAST_MFU,
         le=1,
         description="share of the peak that a step reaches with this `engine.compile`, no recomputation, on one GPU",
     )
     measured: Path | None = Field(
         None, description="take the MFU from metrics.jsonl of a run like this one, or from benchmarks.gpu's JSON"
     )
-    network_gb_s: PositiveFloat = Field(
-        50.0, description="GB/s per GPU between machines, one way (400 Gbit/s adapters: 50)"
-    )
-    node_failure_h: PositiveFloat = Field(
+    network_gb_s: Rate = Field(50.0, description="GB/s per GPU between machines, one way (400 Gbit/s adapters: 50)")
+    node_failure_h: Rate = Field(
         # 419 unexpected interruptions in 54 days on 2048 machines of eight H100: arXiv 2407.21783, section 3.3.4
         6300.0, description="mean hours between failures of one machine"
     )  # fmt: skip
-    restart_s: PositiveFloat = Field(300.0, description="from a failure until the run computes again")
-    disk_gb_s: PositiveFloat = Field(2.0, description="GB/s per machine that the checkpoints' disk takes")
+    restart_s: Rate = Field(300.0, description="from a failure until the run computes again")
+    disk_gb_s: Rate = Field(2.0, description="GB/s per machine that the checkpoints' disk takes")
     as_json: bool = Field(False, alias="json", description="write JSON instead of tables")
 
 
@@ -252,13 +256,13 @@ def settings(config: PlanConfig, work: Workload) -> Iterator[EngineConfig]:
             continue
         for micro_steps in _divisors(math.gcd(*(one.num_clips // data_ranks for one in work.clips))):
             for sharding in SHARDINGS[config.engine.kind]:
-                for mode in MODES:
+                for mode, is_compiled in itertools.product(MODES, {config.engine.compile, False}):
                     changes = {
                         **sharding,
                         "sequence_parallel": ranks,
                         "grad_accum_steps": micro_steps,
                         "activation_checkpointing": mode,
-                        "compile": config.engine.compile and sharding.get("zero_stage") != 3,
+                        "compile": is_compiled,
                     }
                     try:
                         yield EngineConfig.model_validate(config.engine.model_dump() | changes)
@@ -276,7 +280,7 @@ def cheapest(config: PlanConfig, work: Workload, gpu: GpuName, mfu: float) -> En
 def _plainness(engine: EngineConfig) -> tuple[int, ...]:
     shardings, mode = SHARDINGS[engine.kind], MODES.index(engine.activation_checkpointing)
     (sharding,) = (n for n, one in enumerate(shardings) if all(getattr(engine, name) == one[name] for name in one))
-    return engine.sequence_parallel, engine.grad_accum_steps, sharding, mode
+    return engine.sequence_parallel, engine.grad_accum_steps, sharding, mode, engine.compile
 
 
 def price(config: PlanConfig, work: Workload, engine: EngineConfig, gpu: GpuName, mfu: float) -> Price:
@@ -288,7 +292,7 @@ def price(config: PlanConfig, work: Workload, engine: EngineConfig, gpu: GpuName
             video,
             clips.counts,
             micro_batch(config, clips, engine),
-            engine.activation_checkpointing,
+            recomputing(engine.activation_checkpointing, engine.compile),
             work.precision,
             engine.sequence_parallel,
         )
@@ -324,21 +328,30 @@ def measured_mfu(config: PlanConfig, work: Workload) -> float:
     assert path is not None
     if not path.is_file():
         raise UserError(f"measured={path}: no such file; give metrics.jsonl of a run, or the JSON of benchmarks.gpu.")
-    if path.suffix == ".jsonl":
-        shares = [row["mfu"] for row in read_metrics(path) if row.get("mfu")]
-        if not shares:
-            raise UserError(f"{path}: no training step in it has an mfu; give metrics.jsonl of a run on a known GPU.")
-        return float(statistics.median(shares))
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        ours = [row for row in rows if row["who"] == "ours" and row.get("mfu")]
-        tokens = statistics.fmean(one.counts.tokens for one in work.clips)
-        nearest = min(ours, key=lambda row: (abs(_tokens(row) - tokens), -row["mfu"]))
-        return float(nearest["mfu"])
-    except (ValueError, KeyError, TypeError):
+        mfu = _mfu_of_run(path) if path.suffix == ".jsonl" else _mfu_of_benchmark(path, work)
+    except (ValueError, LookupError, TypeError, ArithmeticError):
         raise UserError(
             f"{path}: no MFU of ours in it; give metrics.jsonl of a run, or what benchmarks.gpu wrote on a GPU."
         ) from None
+    if not LEAST_MFU <= mfu <= 1:
+        raise UserError(f"{path}: has an MFU of {mfu:g}, which no GPU reaches; give another file, or mfu=0.4 instead.")
+    return mfu
+
+
+def _mfu_of_run(path: Path) -> float:
+    shares = [row["mfu"] for row in read_metrics(path) if row.get("mfu")]
+    if not shares:
+        raise UserError(f"{path}: no training step in it has an mfu; give metrics.jsonl of a run on a known GPU.")
+    return float(statistics.median(shares))
+
+
+def _mfu_of_benchmark(path: Path, work: Workload) -> float:
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    ours = [row for row in rows if row["who"] == "ours" and row.get("mfu")]
+    tokens = statistics.fmean(one.counts.tokens for one in work.clips)
+    nearest = min(ours, key=lambda row: (abs(_tokens(row) - tokens), -row["mfu"]))
+    return float(nearest["mfu"])
 
 
 def _tokens(row: dict[str, Any]) -> float:
@@ -371,7 +384,8 @@ def _offload(engine: EngineConfig) -> str:
 
 def clips_plan(config: PlanConfig, work: Workload, clips: Clips, mode: Checkpointing) -> ClipsPlan:
     video, ranks = work.model.video, config.engine.sequence_parallel
-    flops = training_flops(video, clips.counts, mode)
+    again = recomputing(mode, config.engine.compile)
+    flops = training_flops(video, clips.counts, again)
     return ClipsPlan(
         clips=clips.name,
         checkpointing=mode,
@@ -379,7 +393,7 @@ def clips_plan(config: PlanConfig, work: Workload, clips: Clips, mode: Checkpoin
         forward_tflop=flops.forward / 1e12,
         backward_tflop=flops.backward / 1e12,
         recomputed_tflop=flops.recomputed / 1e12,
-        activations_gb=activation_bytes(video, clips.counts, 1, mode, work.precision, ranks) / 1e9,
+        activations_gb=activation_bytes(video, clips.counts, 1, again, work.precision, ranks) / 1e9,
     )
 
 

@@ -15,6 +15,7 @@ from typing import Literal
 from .engine.base import EngineConfig
 from .flops import PEAK_BF16_FLOPS, TokenCounts, training_flops
 from .memory import FLOAT, ModelSize, Precision, layer_bytes
+from .models.execution import recomputing
 from .models.video_dit import VideoDiTConfig
 
 GpuName = Literal["h100", "h200", "b200", "gb200", "a100-80", "a100-40", "l40s"]
@@ -108,10 +109,10 @@ def compute_s(
     video: VideoDiTConfig, clips: Clips, engine: EngineConfig, cluster: Cluster, mfu: float, precision: Precision
 ) -> float:
     """Arithmetic, with what checkpointing does again: products at the MFU, all else by the memory's bandwidth."""
-    checkpointing, counts = engine.activation_checkpointing, clips.counts
-    plain, done = training_flops(video, counts), training_flops(video, counts, checkpointing)
+    again, counts = recomputing(engine.activation_checkpointing, engine.compile), clips.counts
+    plain, done = training_flops(video, counts), training_flops(video, counts, again)
     products = (plain.model + done.recomputed - plain.recomputed) / (cluster.gpu.peak_flops * mfu)
-    dropped = layer_bytes(video, counts, "none", precision) - layer_bytes(video, counts, checkpointing, precision)
+    dropped = layer_bytes(video, counts, "none", precision) - layer_bytes(video, counts, again, precision)
     rest = 2 * video.num_layers * dropped / (REACHED * cluster.gpu.memory_gb_s * 1e9)  # written, and read
     return clips.num_clips / cluster.num_gpus * (products + rest)
 
@@ -153,7 +154,7 @@ def sequence_traffic_s(
 ) -> float:
     """Queries, keys, values and results of every layer, to the ranks that have their heads and back."""
     ranks = engine.sequence_parallel
-    passes = 3 if engine.activation_checkpointing == "full" else 2  # forward, backward, and forward again
+    passes = 2 if engine.activation_checkpointing == "none" else 3  # forward, backward, and forward again
     tokens = clips.num_clips * clips.counts.tokens / cluster.num_gpus
     per_pass = 4 * (2 if precision == "bf16" else FLOAT) * video.width * tokens * (ranks - 1) / ranks
     return cluster.exchange_s(video.num_layers * passes * per_pass, ranks)

@@ -121,7 +121,7 @@ def step_work(engine: Engine, batch: Batch) -> dict[str, int]:
     """
     if not isinstance(engine.module, CountsWork):
         return {}
-    tokens, flops = engine.module.work(batch, engine.activation_checkpointing)
+    tokens, flops = engine.module.work(batch, engine.recomputing)
     work = {"tokens": tokens, "model_flops": flops.model, "hardware_flops": flops.hardware}
     return {what: amount * num_samples(batch) * engine.data_world_size for what, amount in work.items()}
 

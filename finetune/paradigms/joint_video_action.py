@@ -23,7 +23,7 @@ from pretrain.draws import SampleDraws
 from pretrain.flops import Flops, action_flops, policy_tokens, training_flops
 from pretrain.flow_matching import FlowTimeConfig, Prediction
 from pretrain.models.action_expert import ACTION_EXPERT, NOISED_ACTIONS, PROPRIO, ActionExpert, ActionExpertConfig
-from pretrain.models.execution import Checkpointing
+from pretrain.models.execution import Recomputing
 from pretrain.models.token_groups import Rule, Visibility
 from pretrain.models.transformer import run_experts
 from pretrain.models.video_dit import VIDEO_EXPERT
@@ -91,14 +91,14 @@ class JointVideoAction(nn.Module):
             ACTION_EXPERT: self.action_expert.condition_embedder.text_embedder(text),
         }
 
-    def work(self, batch: Batch, checkpointing: Checkpointing) -> tuple[int, Flops]:
+    def work(self, batch: Batch, recomputing: Recomputing) -> tuple[int, Flops]:
         """Tokens and training FLOPs of one clip."""
         world_model, sizes, text = self.world_model, self.world_model.config.video, batch["text_tokens"].shape[1]
         context_frames = world_model.config.context_latent_frames
         video, acting = policy_tokens(sizes, world_model.latent_size(batch), text, context_frames, self.action_horizon)
         proprio_dim = batch["proprio"].shape[1]
-        flops = action_flops(self.config.action_expert, sizes, acting, self.action_dim, proprio_dim, checkpointing)
-        return video.tokens + acting.tokens, training_flops(sizes, video, checkpointing) + flops
+        flops = action_flops(self.config.action_expert, sizes, acting, self.action_dim, proprio_dim, recomputing)
+        return video.tokens + acting.tokens, training_flops(sizes, video, recomputing) + flops
 
     def loss(self, batch: Batch, draws: SampleDraws) -> LossTerms:
         config, world_model = self.config, self.world_model

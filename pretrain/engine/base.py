@@ -20,7 +20,7 @@ from configs.loader import StrictConfig
 
 from ..draws import SampleDraws
 from ..models.attention import AttentionBackend
-from ..models.execution import Checkpointing, Execution, set_execution
+from ..models.execution import Checkpointing, Execution, recomputing, set_execution
 from ..weights import Weights
 from ..world_models.base import Batch, LossTerms, WorldModel
 from .kernels import resolve_attention
@@ -148,7 +148,7 @@ class Engine(ABC):
         elif self.tied or self._buffer_names:
             raise ValueError("a model on the meta device can have neither tied weights nor buffers")
         self.sequence_parallel = config.sequence_parallel
-        self.activation_checkpointing = config.activation_checkpointing
+        self.recomputing = recomputing(config.activation_checkpointing, config.compile)
         self.attention = resolve_attention(config.attention, self.precision, self.ranks)
         set_execution(module, Execution(self.attention, config.activation_checkpointing, config.compile))
         split_sequence(module, self.ranks, self.sequence_parallel, config.timeout_s)

@@ -17,6 +17,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from .attention import AttentionBackend
 
 Checkpointing = Literal["none", "selective", "full"]
+Recomputing = Checkpointing | Literal["products"]
+"""What the backward pass computes again; `products`: all but attentions."""
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
@@ -41,6 +43,11 @@ class Execution:
             return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
         contexts = partial(create_selective_checkpoint_contexts, _keep_products)
         return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+
+def recomputing(checkpointing: Checkpointing, is_compiled: bool) -> Recomputing:
+    """What checkpointing comes to: into what is compiled the selective one cannot look, and keeps no products there."""
+    return "products" if checkpointing == "selective" and is_compiled else checkpointing
 
 
 class Executed(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..draws import SampleDraws
 from ..flops import Flops
-from ..models.execution import Checkpointing
+from ..models.execution import Recomputing
 
 Batch = dict[str, Any]
 """What `data_pipeline.loader.Loader` yields: latents, text_tokens, actions, proprio, has_actions, action_is_valid."""
@@ -31,7 +31,7 @@ class LossTerms:
 class CountsWork(Protocol):
     """A model that knows what training on a clip of a batch costs; all clips of a batch have one size."""
 
-    def work(self, batch: Batch, checkpointing: Checkpointing) -> tuple[int, Flops]:
+    def work(self, batch: Batch, recomputing: Recomputing) -> tuple[int, Flops]:
         """Tokens and FLOPs of one clip."""
         ...
 

@@ -25,7 +25,7 @@ from .. import flow_matching
 from ..draws import SampleDraws
 from ..flops import Flops, training_flops, world_model_tokens
 from ..flow_matching import FlowTimeConfig, Prediction
-from ..models.execution import Checkpointing
+from ..models.execution import Recomputing
 from ..models.token_groups import Rule, TokenGroup, Visibility
 from ..models.transformer import KeyValueCache, run_experts
 from ..models.video_dit import VIDEO_EXPERT, Size, TwoLayers, VideoDiT, VideoDiTConfig
@@ -66,7 +66,9 @@ class ObservationSpaceConfig(StrictConfig):
     text_dropout: float = Field(0.0, ge=0, le=1, description="share of clips trained with an empty instruction")
     action_dim: Size | None = Field(None, description="numbers per action; null: the dataset's")
     actions_per_latent: Size | None = Field(None, description="actions per latent frame; null: the dataset's")
-    residual_std: float | None = Field(None, gt=0, description="scale of the residual; null: measured on the dataset")
+    residual_std: float | None = Field(
+        None, ge=1e-6, le=1e6, description="scale of the residual; null: measured on the dataset"
+    )
 
     @model_validator(mode="after")
     def _residuals_have_a_context(self) -> Self:
@@ -206,11 +208,11 @@ class ObservationSpaceWorldModel(nn.Module):
         stride = self._codec().spatial_stride
         return 1 + (frames - 1) // TEMPORAL_STRIDE, height // stride, width // stride
 
-    def work(self, batch: Batch, checkpointing: Checkpointing) -> tuple[int, Flops]:
+    def work(self, batch: Batch, recomputing: Recomputing) -> tuple[int, Flops]:
         """Tokens and training FLOPs of one clip, counted with `context_latent_frames` where their number is drawn."""
         video, text = self.config.video, batch["text_tokens"].shape[1]
         counts = world_model_tokens(video, self.latent_size(batch), text, self.config.context_latent_frames)
-        return counts.tokens, training_flops(video, counts, checkpointing)
+        return counts.tokens, training_flops(video, counts, recomputing)
 
     # The protocol -------------------------------------------------------------------------------------------------
 

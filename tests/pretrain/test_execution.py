@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
+from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.flop_counter import FlopCounterMode
 
 from configs.loader import UserError
@@ -13,9 +14,9 @@ from pretrain.engine import EngineConfig
 from pretrain.engine.kernels import _gpu_attention, resolve_attention
 from pretrain.engine.ranks import join_ranks
 from pretrain.models import attention as kernels
-from pretrain.models import token_groups
+from pretrain.models import execution, token_groups
 from pretrain.models.attention import attend, attention
-from pretrain.models.execution import Execution, set_execution
+from pretrain.models.execution import Execution, recomputing, set_execution
 from pretrain.models.token_groups import Rule, attention_plan
 from pretrain.models.video_dit import VideoDiT, VideoDiTConfig
 
@@ -152,14 +153,28 @@ def test_selective_checkpointing_computes_no_product_twice(monkeypatch: pytest.M
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
-def test_compiled_blocks_compute_the_same_and_are_compiled_once_for_all_layers(checkpointing):
+def test_compiled_blocks_compute_the_same_and_are_compiled_once_for_all_layers(monkeypatch: pytest.MonkeyPatch):
+    """Into which selective checkpointing cannot look: of what it would keep, it keeps what attentions give."""
+    kept: set[str] = set()
+
+    def note(context, operation, *args, **kwargs):
+        policy = keep_products(context, operation, *args, **kwargs)
+        kept.update([operation.name()] if policy == CheckpointPolicy.MUST_SAVE else [])
+        return policy
+
+    keep_products = execution._keep_products
+    monkeypatch.setattr(execution, "_keep_products", note)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    expected = run(Execution())
-    for name, value in run(Execution(compile=True, activation_checkpointing=checkpointing)).items():
-        torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=1e-4, msg=name)
+    expected = run(Execution(activation_checkpointing="selective"))
+    assert kept == {"aten::addmm", "aten::_scaled_dot_product_flash_attention_for_cpu"}
+    kept.clear()
+    for checkpointing in ("none", "selective", "full"):
+        for name, value in run(Execution(compile=True, activation_checkpointing=checkpointing)).items():
+            torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=1e-4, msg=name)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3  # the three parts of a block, for two layers
+    assert kept == {"aten::_scaled_dot_product_flash_attention_for_cpu"}
+    assert [recomputing("selective", is_compiled) for is_compiled in (False, True)] == ["selective", "products"]
 
 
 def test_an_attention_kernel_is_chosen_by_what_runs_it(monkeypatch: pytest.MonkeyPatch):

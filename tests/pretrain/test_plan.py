@@ -4,6 +4,8 @@ import io
 import itertools
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +18,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from configs.fields import summarise_fields
 from configs.loader import UserError, load_config
+from configs.tables import console
 from data_pipeline.datasets import Datasets
 from data_pipeline.video_io import ViewConfig
 from pretrain.draws import SampleDraws
@@ -26,6 +30,7 @@ from pretrain.flops import training_flops, world_model_tokens
 from pretrain.memory import ModelSize, activation_bytes, kept_bytes, model_size, states
 from pretrain.models.execution import Execution, set_execution
 from pretrain.plan import MODES, PlanConfig, Workload, cheapest, lay_out, main, price, settings, usable_bytes
+from pretrain.plan_report import show
 from pretrain.step_time import GPU_TYPES, best_interval_s, goodput
 from pretrain.world_models.observation_space import ObservationSpaceConfig, ObservationSpaceWorldModel
 from tests.data_pipeline.tiny_dataset import tiny_dataset
@@ -189,17 +194,19 @@ def test_the_best_is_the_fastest_of_all_that_fit(name, shape, gpu, num_gpus):
     best = cheapest(config, work, gpu, 0.4)
     assert best is not None
     shortest, num_fitting = float("inf"), 0
-    for stage, offloads, ranks, steps, mode in itertools.product(
-        (1, 2, 3), (("none", "none"), ("cpu", "none"), ("cpu", "cpu")), range(1, 17), range(1, 65), MODES
+    for stage, offloads, ranks, steps, mode, is_compiled in itertools.product(
+        (1, 2, 3), (("none", "none"), ("cpu", "none"), ("cpu", "cpu")), range(1, 17), range(1, 65), MODES, (False, True)
     ):
         heads = config.model.video.num_attention_heads
         if heads % ranks or num_gpus % ranks or 64 % (num_gpus // ranks * steps):
             continue
         if stage < 3 and offloads[1] == "cpu":
             continue
+        if is_compiled and (not config.engine.compile or (stage == 3 and mode == "none")):
+            continue
         engine = EngineConfig(
             zero_stage=stage, offload_optimizer=offloads[0], offload_weights=offloads[1], sequence_parallel=ranks,
-            grad_accum_steps=steps, activation_checkpointing=mode, compile=config.engine.compile and stage < 3,
+            grad_accum_steps=steps, activation_checkpointing=mode, compile=is_compiled,
         )  # fmt: skip
         found = price(config, work, engine, gpu, 0.4)
         assert found.fits == (found.memory <= usable_bytes(gpu))
@@ -208,6 +215,27 @@ def test_the_best_is_the_fastest_of_all_that_fit(name, shape, gpu, num_gpus):
             shortest = min(shortest, found.step_s)
     assert num_fitting > 3
     assert price(config, work, best, gpu, 0.4).step_s == shortest
+
+
+def test_compiling_is_proposed_where_it_pays_for_what_it_computes_again():
+    """ZeRO-3 compiles with checkpointing alone, and selective checkpointing keeps no products of what is compiled."""
+    config = planned("wan_1_3b", SHORT, "gpu=b200", "num_gpus=512", "loader.global_batch_size=1024")
+    work = Workload.of(config)
+    best = cheapest(config, work, "b200", 0.4)
+    assert (best.zero_stage, best.activation_checkpointing, best.compile) == (3, "selective", True)
+    others = [{"compile": False, "activation_checkpointing": mode} for mode in MODES]
+    others.append({"activation_checkpointing": "full"})
+    prices = [price(config, work, best.model_copy(update=changes), "b200", 0.4) for changes in ({}, *others)]
+    compiled, _, eager, _, full = (found.memory for found in prices)
+    assert eager > compiled > full
+    assert min(prices, key=lambda found: found.step_s) == prices[0]
+
+    counts = work.clips[0].counts
+    flops = [training_flops(config.model.video, counts, again) for again in ("selective", "products", "full")]
+    assert [one.recomputed for one in flops] == sorted({one.recomputed for one in flops})
+    assert len({one.model for one in flops}) == 1
+    eager_only = planned("wan_1_3b", SHORT, "engine.compile=false", "num_gpus=512", "loader.global_batch_size=1024")
+    assert not any(one.compile for one in settings(eager_only, work))
 
 
 def test_a_step_is_as_long_as_its_arithmetic_where_nothing_else_is_to_do():
@@ -290,6 +318,17 @@ def test_the_mfu_of_the_benchmark(tmp_path):
         lay_out(planned("wan_1_3b", SHORT, f"measured={path}"))
 
 
+@pytest.mark.parametrize("mfu", ["NaN", "-0.4", "40", "1e-30", '"fast"', "[1]"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "gpu.json"])
+def test_an_mfu_that_cannot_be_is_refused(mfu, name, tmp_path):
+    row = f'{{"step": 1, "who": "ours", "tokens_per_s": 1.0, "step_s": 1.0, "batch": 1, "mfu": {mfu}}}'
+    (tmp_path / name).write_text(row + "\n" if name == "metrics.jsonl" else f'{{"rows": [{row}]}}')
+    with pytest.raises(
+        UserError, match=rf"{name}: (has an MFU of .*, which no GPU reaches|no MFU of ours in it); give "
+    ):
+        lay_out(planned("wan_1_3b", SHORT, f"measured={tmp_path / name}"))
+
+
 @given(st.floats(0.1, 600), st.floats(1e4, 1e7), st.floats(0, 3600))
 def test_no_interval_is_better_than_dalys(checkpoint_s, between_s, restart_s):
     best = goodput(best_interval_s(checkpoint_s, between_s), checkpoint_s, restart_s, between_s)
@@ -340,6 +379,32 @@ def test_tables_and_json(capsys):
     assert again.configured == again.best
 
 
+def test_the_page_shows_what_is_printed(capsys):
+    page = (CONFIGS.parents[1] / "docs" / "pretraining.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"python -m pretrain\.plan --config (.*?)```", page, re.DOTALL)
+    path, *overrides = shlex.split(command.replace("\\\n", ""))
+    shown = [_cells(line) for line in page[page.index("| best on |") :].split("\n\n")[0].splitlines()]
+    assert len(shown) > 15
+    for column, num_gpus in enumerate((1, 8, 512), start=1):
+        config = load_config(PlanConfig, CONFIGS.parents[1] / path, [*overrides, f"num_gpus={num_gpus}"])
+        plan = lay_out(config)
+        show(plan, console())
+        out = capsys.readouterr().out
+        printed = {row[0]: row[-1] for row in map(_cells, out.splitlines()) if row}
+        printed["best on"] = f"{num_gpus} H200"
+        printed["beside the config"] = re.findall("Best, beside the config: (.*)", out)[0]
+        for row in (shown[0], *shown[2:]):
+            assert row[column].strip("`") == printed[row[0]], (num_gpus, row[0])
+        told = [f"{clips.activations_gb:.2f} GB" for clips in plan.clips]
+        now = plan.configured
+        told.append(f"{now.step_s:.4g} s a step" if now.fits else f"({now.memory_gb:.4g} GB)")
+        assert all(what in page for what in told), told
+
+
+def _cells(line):
+    return [cell.strip() for cell in re.split("[|│]", line)[1:-1]]
+
+
 @pytest.mark.parametrize(
     ("overrides", "complaint"),
     [
@@ -371,3 +436,26 @@ def test_what_cannot_be_is_refused(overrides, complaint):
 def test_sizes_that_no_machine_could_count_are_refused(name):
     with pytest.raises(UserError, match=rf"model\.{name} is 10+, but should be less than or equal to"):
         planned("wan_1_3b", f"model.{name}=1000000000000000000")
+
+
+NUMBERS = ("nan", "-1", "1e-320", "1e308", str(10**400))
+
+
+def numeric_settings():
+    fields = summarise_fields(PlanConfig, str)
+    return [one.key for one in fields if re.search(r"\b(int|float)\b", one.type_text) and ".0" not in one.key]
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_whatever_number_stands_somewhere_there_is_a_plan_or_a_sentence(number):
+    names = numeric_settings()
+    assert len(names) > 60 and {"num_gpus", "mfu", "model.flow_time.mean", "optimizer.eps"} <= set(names)
+    for name in names:
+        value = f"[{', '.join([number] * {'latent_shape': 4, 'model.video.patch_size': 3}.get(name, 2))}]"
+        for written in (number, value):
+            try:
+                lay_out(planned("demo", "latent_shape=[5,48,8,8]", f"{name}={written}"))
+            except UserError as error:
+                assert "\n" not in str(error)
+            except Exception as error:
+                raise AssertionError(f"{name}={written}") from error
