@@ -70,10 +70,7 @@ def find_checkpoints(folder: Path) -> list[Path]:
 
 def verify_checkpoint(path: Path, rank: int = 0, world_size: int = 1) -> None:
     """Compares the rank-th of equal parts of the files with their checksums; a `UserError` names one that differs."""
-    text = (path / CHECKSUMS).read_bytes() if (path / CHECKSUMS).is_file() else b""
-    if hashlib.sha256(text).hexdigest().encode() != (path / COMPLETE).read_bytes().strip():
-        raise _damaged(path, CHECKSUMS, "is missing or does not match COMPLETE")
-    expected: Checksums = json.loads(text)
+    expected = _promised(path)
     for name, promise in sorted(expected.items())[rank::world_size]:
         if not (path / name).is_file():
             raise _damaged(path, name, "is missing")
@@ -85,6 +82,16 @@ def verify_checkpoint(path: Path, rank: int = 0, world_size: int = 1) -> None:
     for found in path.iterdir():  # parts are found by their names
         if found.name not in expected.keys() | {CHECKSUMS, COMPLETE}:
             raise _damaged(path, found.name, "was not written by the run")
+
+
+def _promised(path: Path) -> Checksums:
+    text = (path / CHECKSUMS).read_bytes() if (path / CHECKSUMS).is_file() else b""
+    if hashlib.sha256(text).hexdigest().encode() != (path / COMPLETE).read_bytes().strip():
+        raise _damaged(path, CHECKSUMS, "is missing or does not match COMPLETE")
+    try:
+        return {name: {"bytes": one["bytes"], "sha256": one["sha256"]} for name, one in json.loads(text).items()}
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise _damaged(path, CHECKSUMS, "is no list of files and their checksums") from None
 
 
 # --- a run's checkpoints ------------------------------------------------------------------------------------------
@@ -167,6 +174,12 @@ class Checkpoints:
             )
 
     # Save
+
+    def prepare(self) -> None:
+        """Finds out whether a checkpoint could be written, before a run has anything to lose. Collective."""
+        self._tell(_attempt(self._make_room) if self._engine.is_main else None)
+        if self._engine.is_main:
+            self._partial.rmdir()
 
     def save(self, ema: ExponentialMovingAverage, state: Mapping[str, Any], texts: Mapping[str, str]) -> None:
         """Begins `step_<state["step"]>`, once the checkpoint before it is there. Training may go on meanwhile.

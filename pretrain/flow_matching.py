@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
 from jaxtyping import Float
@@ -28,18 +28,24 @@ near a low-dimensional surface and the noise does not (Li and He, arXiv 2511.137
 MIN_FLOW_TIME = 1e-3
 """Where a velocity is recovered from predicted data, flow time is not taken below this."""
 
+Shape = Annotated[float, Field(ge=0.01, le=1000)]
+"""Of a law of flow times: beyond, all draws are 0 or 1 up to rounding."""
+
 
 class FlowTimeConfig(StrictConfig):
     """How training draws flow times."""
 
     distribution: Literal["uniform", "logit_normal", "beta"] = Field("logit_normal", description="law of the draws")
-    mean: float = Field(0.0, description="logit_normal: mean of the logit; larger is noisier")
-    std: float = Field(1.0, gt=0, description="logit_normal: standard deviation of the logit")
-    alpha: float = Field(1.5, gt=0, description="beta: first parameter; larger is noisier")
-    beta: float = Field(1.0, gt=0, description="beta: second parameter")
-    shift: float = Field(1.0, gt=0, description="time_shift s: t becomes s t / (1 + (s - 1) t); above 1 is noisier")
+    mean: float = Field(0.0, ge=-100, le=100, description="logit_normal: mean of the logit; larger is noisier")
+    std: float = Field(1.0, gt=0, le=100, description="logit_normal: standard deviation of the logit")
+    alpha: Shape = Field(1.5, description="beta: first parameter; larger is noisier")
+    beta: Shape = Field(1.0, description="beta: second parameter")
+    shift: Shape = Field(1.0, description="time_shift s: t becomes s t / (1 + (s - 1) t); above 1 is noisier")
     shift_tokens: int | None = Field(
-        None, ge=1, description="noised tokens at which `shift` holds, else it grows with their root; null: it is fixed"
+        None,
+        ge=1,
+        le=10**12,
+        description="noised tokens at which `shift` holds, else it grows with their root; null: it is fixed",
     )
     pure_noise_share: float = Field(0.0, ge=0, le=1, description="share of draws at flow time 1, the mean prediction")
     high_noise_share: float = Field(0.0, ge=0, le=1, description="share of draws between high_noise_from and 1")

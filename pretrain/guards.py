@@ -37,7 +37,7 @@ class GuardConfig(StrictConfig):
         "to the last checkpoint, and on with the data behind the spike. stop: end the run",
     )
     z_score: float = Field(10.0, gt=0, description="robust deviations above the median that are out of line")
-    window: int = Field(200, ge=MIN_HISTORY, description="steps that a step is compared with")
+    window: int = Field(200, ge=MIN_HISTORY, le=100_000, description="steps that a step is compared with")
     max_in_a_row: int = Field(25, ge=1, description="steps in a row that could not be taken before the run is ended")
     max_rewinds: int = Field(5, ge=0, description="times that a run goes back before it is ended")
 

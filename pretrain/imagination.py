@@ -46,7 +46,10 @@ class ImagineConfig(StrictConfig):
     clips: int = Field(0, ge=0, description="how many, over all ranks; 0: none")
     videos: int = Field(4, ge=0, description="of those, how many are written as videos into run_dir/validation")
     num_inference_steps: int = Field(
-        1, ge=1, description="1: the mean prediction, which PSNR rewards; more: samples, which Fréchet distances judge"
+        1,
+        ge=1,
+        le=1000,
+        description="1: the mean prediction, which PSNR rewards; more: samples, which Fréchet distances judge",
     )
     lpips_backbone: Path | None = Field(
         None, description="for LPIPS: weights of AlexNet or VGG16 in torchvision's names, .safetensors or a state dict"

@@ -32,12 +32,14 @@ from .checkpoint import CHECKPOINTS, Checkpoints, find_checkpoints
 from .draws import seed_layers
 from .ema import ExponentialMovingAverage
 from .engine import Engine, EngineConfig, OptimizerConfig, create_engine, learning_rate
+from .engine.optimizer import Steps
 from .events import EventLog
 from .exported import MODEL_YAML, WorldModelConfig
 from .guards import Guard, GuardConfig, Trouble
 from .imagination import Imagination, ImagineConfig, MetricNetworks, ready_to_imagine
 from .metrics import MetricsLog, Progress, StepTimer
 from .run import (
+    CONFIG_FILE,
     EXIT_DONE,
     EXIT_STOPPED,
     StopSignal,
@@ -72,7 +74,7 @@ class TrainConfig(StrictConfig):
 
     run_dir: Path = Field(description="folder of this run; a run that is already there is resumed")
     seed: int = Field(0, ge=0, lt=2**63, description="of the weights' start and of every step's noise")
-    num_steps: int = Field(gt=0, description="optimizer updates")
+    num_steps: Steps = Field(gt=0, description="optimizer updates")
     loader: LoaderConfig
     engine: EngineConfig = EngineConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -91,7 +93,10 @@ class TrainConfig(StrictConfig):
     )
     guard: GuardConfig = GuardConfig()
     stuck_after_s: float | None = Field(
-        3600, gt=0, description="without a step, all ranks write their stacks to stacks/ and end; null: they wait"
+        3600,
+        gt=0,
+        le=1e6,
+        description="without a step, all ranks write their stacks to stacks/ and end; null: they wait",
     )
 
 
@@ -154,6 +159,11 @@ def resume_run(config: TrainConfigT) -> TrainConfigT:
 
     More steps are welcome, on the schedule that the run was started with.
     """
+    if find_checkpoints(config.run_dir / CHECKPOINTS) and not (config.run_dir / CONFIG_FILE).exists():
+        raise UserError(
+            f"{config.run_dir} holds checkpoints, but no {CONFIG_FILE} that says what they were trained with; restore "
+            "it, or choose another run_dir."
+        )
     settled = config.optimizer.model_copy(update={"decay_steps": config.optimizer.decay_steps or config.num_steps})
     return resume_config(config.run_dir, config.model_copy(update={"optimizer": settled}), MAY_CHANGE)
 
@@ -309,7 +319,7 @@ def rewind(
     """Back to the newest checkpoint's weights, while the data goes on; None where there is no checkpoint yet."""
     if state.rewinds == max_rewinds:
         raise UserError(
-            f"Step {state.step} would be the {max_rewinds + 1}th to go back from (guard.max_rewinds={max_rewinds}); "
+            f"Step {state.step} is one more to go back from than guard.max_rewinds={max_rewinds} allows; "
             "look at events.jsonl and at the data it names, or lower the learning rate."
         )
     stored = checkpoints.load(ema)
@@ -326,6 +336,7 @@ def resume(checkpoints: Checkpoints, ema: ExponentialMovingAverage, num_steps: i
             f"num_steps is {num_steps}, but {checkpoints.folder.parent} has {state.step} already; set num_steps to at "
             "least that, or choose another run_dir."
         )
+    checkpoints.prepare()
     return state
 
 
@@ -340,8 +351,8 @@ def write_settings(config: TrainConfig, engine: Engine) -> None:
 def log_start(engine: Engine, state: TrainState, config: TrainConfig) -> None:
     size = sum(math.prod(shape) for shape in engine.shapes.values())
     logger.info(
-        "%s on %d %s rank(s), %s, %s attention, %.2f M parameters, from step %d to %d in %s",
-        *(config.engine.kind, engine.world_size, engine.device.type, engine.precision, engine.attention, size / 1e6),
+        "%s, %s, %s, %s attention, %.2f M parameters, from step %d to %d in %s",
+        *(engine.layout, engine.device.type, engine.precision, engine.attention, size / 1e6),
         *(state.step, config.num_steps, config.run_dir),
     )
 

@@ -9,22 +9,24 @@ from torch import nn
 
 from configs.loader import StrictConfig
 
+Steps = Annotated[int, Field(le=10**12)]
+"""Of a run; more are a slip of the keyboard."""
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(StrictConfig):
     """AdamW with linear warm-up, then a cosine down to `min_learning_rate`."""
 
-    learning_rate: float = Field(3e-4, gt=0, description="peak learning rate")
+    learning_rate: float = Field(3e-4, gt=0, le=100, description="peak learning rate")
     min_learning_rate: float = Field(0.0, ge=0, description="learning rate at the end of the cosine and after it")
-    warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up from zero")
-    decay_steps: int | None = Field(
+    warmup_steps: Steps = Field(100, ge=0, description="steps of linear warm-up from zero")
+    decay_steps: Steps | None = Field(
         None, ge=1, description="step at which the cosine ends; null: the num_steps that the run is started with"
     )
     betas: tuple[DecayRate, DecayRate] = Field(
         (0.9, 0.99), description="AdamW's decay rates of gradient mean and variance"
     )
-    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    eps: float = Field(1e-8, ge=1e-30, description="AdamW's epsilon")
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay of matrices; vectors have none")
     max_grad_norm: float = Field(1.0, ge=0, description="global gradient norm above which gradients are scaled; 0: off")
 
@@ -32,6 +34,15 @@ class OptimizerConfig(StrictConfig):
     def _min_is_below_peak(self) -> "OptimizerConfig":
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}")
+        return self
+
+    @model_validator(mode="after")
+    def _decay_leaves_something(self) -> "OptimizerConfig":
+        if self.learning_rate * self.weight_decay >= 1:
+            raise ValueError(
+                f"weight_decay {self.weight_decay} at learning_rate {self.learning_rate} takes away all that there is, "
+                "for a step takes their product; choose smaller ones"
+            )
         return self
 
 

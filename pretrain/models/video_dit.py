@@ -50,7 +50,7 @@ class VideoDiTConfig(StrictConfig):
     num_layers: int = Field(30, ge=1, le=1024, description="blocks, the same number in every expert")
     cross_attn_norm: bool = Field(True, description="LayerNorm before the text cross-attention")
     qk_norm: Literal["rms_norm_across_heads"] = Field("rms_norm_across_heads", description="Wan's query-key norm")
-    eps: float = Field(1e-6, gt=0, description="epsilon of the norms")
+    eps: float = Field(1e-6, ge=1e-30, le=1, description="epsilon of the norms")
     rope_max_seq_len: int = Field(1024, ge=1, description="largest position per axis")
 
     @property

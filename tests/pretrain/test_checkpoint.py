@@ -197,6 +197,11 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
+def forge(path: Path, checksums: str) -> None:
+    (path / "checksums.json").write_text(checksums)
+    (path / "COMPLETE").write_text(hashlib.sha256(checksums.encode()).hexdigest())
+
+
 DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
     (lambda path: flip_a_bit(path / "weights_00000.safetensors"), r"weights_00000\.safetensors: does not match"),
     (lambda path: flip_a_bit(path / "exp_avg_00000.safetensors"), r"exp_avg_00000\.safetensors: does not match"),
@@ -205,6 +210,8 @@ DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
     (lambda path: (path / "model.yaml").write_text(""), r"model.yaml: has 0 bytes instead of 11"),
     (lambda path: (path / "state.json").unlink(), r"state.json: is missing"),
     (lambda path: (path / "checksums.json").write_text("{}"), r"checksums.json: is missing or does not match COMPLETE"),
+    (lambda path: forge(path, "[1]"), r"checksums.json: is no list of files and their checksums"),
+    (lambda path: forge(path, '{"state.json": 3}'), r"checksums.json: is no list of files and their checksums"),
     (lambda path: (path / "COMPLETE").write_bytes(b"\xff\xfe"), r"checksums.json: is missing or does not match COMPL"),
     (lambda path: (path / "weights_00001.safetensors").write_bytes(b""), r"weights_00001.* was not written by the run"),
 ]

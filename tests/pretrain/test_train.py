@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from configs.loader import UserError, load_config
@@ -128,6 +129,22 @@ def test_a_batch_that_cannot_be_cut_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "config.yaml").exists()  # else the right size would be refused as another than it began with
 
 
+@pytest.mark.parametrize("in_the_way", ["a file", "a link to a disk that is not there"])
+def test_a_run_that_could_not_be_saved_does_not_begin(in_the_way: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "checkpoints"
+    folder.parent.mkdir()
+    folder.write_text("") if in_the_way == "a file" else folder.symlink_to(tmp_path / "disk" / "checkpoints")
+    with pytest.raises(UserError, match=r"checkpoints/step_00000000: cannot be written \(.*\); see to the disk"):
+        tiny.tiny_run(tiny.tiny_config(folder.parent, 6))
+    assert not (folder.parent / "metrics.jsonl").exists()
+
+
+def test_checkpoints_of_which_nobody_knows_the_config_are_refused(uninterrupted: Path, tmp_path: Path) -> None:
+    shutil.copytree(uninterrupted / "checkpoints", tmp_path / "checkpoints")
+    with pytest.raises(UserError, match=r"holds checkpoints, but no config\.yaml .*; restore it, or choose another"):
+        resume_run(tiny.tiny_config(tmp_path, 12))
+
+
 def test_an_empty_validation_split_is_left_out(tmp_path: Path) -> None:
     open_batches = tiny.tiny_batches()
 
@@ -167,6 +184,33 @@ def test_a_run_can_be_extended_on_the_schedule_it_was_started_with(tmp_path: Pat
     assert curve(tmp_path)[-1]["step"] == 12
     with pytest.raises(UserError, match=r"num_steps is 5, but .* has 12 already"):
         tiny.tiny_run(extended(5, decay_steps=6))
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"num_steps": 10**400}, "num_steps"),
+        ({"stuck_after_s": 1e30}, "stuck_after_s"),
+        ({"optimizer": {"warmup_steps": 10**400}}, "warmup_steps"),
+        ({"optimizer": {"decay_steps": 10**400}}, "decay_steps"),
+        ({"optimizer": {"learning_rate": 1e30}}, "learning_rate"),
+        ({"optimizer": {"eps": 1e-50}}, "eps"),
+        ({"optimizer": {"learning_rate": 1.0, "weight_decay": 1.0}}, "takes away all that there is"),
+        ({"guard": {"window": 10**30}}, "window"),
+        ({"imagine": {"num_inference_steps": 10**9}}, "num_inference_steps"),
+        *(
+            ({"model": {"video": {}, "flow_time": {name: value}}}, name)
+            for name in ("mean", "std", "alpha", "beta", "shift", "shift_tokens")
+            for value in (-(10**18), 10**18)
+        ),
+        ({"model": {"video": {"eps": 1e-50}}}, "eps"),
+        ({"model": {"video": {}, "residual_std": 1e-300}}, "residual_std"),
+    ],
+)
+def test_what_no_run_could_use_is_refused(change: dict[str, Any], complaint: str, tmp_path: Path) -> None:
+    settings = {"run_dir": tmp_path, "num_steps": 6, **change}
+    with pytest.raises(ValidationError, match=complaint):
+        tiny.tiny_config(**settings)
 
 
 def test_a_state_of_another_version_is_refused() -> None:
