@@ -22,7 +22,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
@@ -44,14 +44,14 @@ def main() -> NoReturn:
     stem = Path(os.environ[LOGS_VARIABLE]) / f"rank_{rank:04d}"
     try:
         _send_output_to(stem.with_suffix(".log"))
-        for number in STOP_SIGNALS:
-            signal.signal(number, _stop)
         row = {"rank": rank, "host": os.environ.get("SLURMD_NODENAME") or socket.gethostname(), "pid": os.getpid()}
         row["started"] = time.time()
+        _on_signals(_stopper(stem.with_suffix(".json"), row))
         write_whole(stem.with_suffix(".json"), json.dumps(row) + "\n")
     except OSError as error:
         raise CommandError(f"{stem}: cannot be written ({error.strerror}); see to the run folder's space.", 1) from None
     code = _exit_code_of(module, sys.argv[1:])
+    _on_signals(signal.SIG_IGN)  # how it ended is no longer to be changed
     if _is_noted(stem.with_suffix(".json"), {**row, "ended": time.time(), "exit_code": code}) and code == EXIT_STOPPED:
         code = 0
     sys.exit(code)
@@ -81,9 +81,32 @@ def _is_noted(path: Path, row: dict[str, object]) -> bool:
     return True
 
 
-def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    sys.stderr.write(f"stopped by {signal.Signals(number).name} before it had begun\n")
-    sys.exit(EXIT_STOPPED)
+def _stopper(path: Path, row: dict[str, object]) -> Callable[[int, FrameType | None], NoReturn]:
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        sys.stderr.write(f"stopped by {signal.Signals(number).name} before it had begun\n")
+        if _can_unwind(frame):
+            sys.exit(EXIT_STOPPED)
+        is_noted = _is_noted(path, {**row, "ended": time.time(), "exit_code": EXIT_STOPPED})
+        sys.stderr.flush()
+        os._exit(0 if is_noted else EXIT_STOPPED)
+
+    return stop
+
+
+def _can_unwind(frame: FrameType | None) -> bool:
+    """Whether an exception would end the command, and be the one that comes out of it. An extension that is just being
+    imported makes an ImportError of it, which may be what an optional package looks like, or a panic."""
+    codes = []
+    while frame is not None:
+        codes.append(frame.f_code)
+        frame = frame.f_back
+    is_importing = any(code.co_filename.startswith("<frozen importlib.") for code in codes)
+    return _exit_code_of.__code__ in codes and not is_importing
+
+
+def _on_signals(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> None:
+    for number in STOP_SIGNALS:
+        signal.signal(number, handler)
 
 
 def _send_output_to(path: Path) -> None:

@@ -104,6 +104,28 @@ def test_a_signal_that_comes_too_early_is_a_clean_stop(tmp_path: Path, number: s
     assert (code, row["exit_code"]) == (0, 75) and text == f"stopped by {number.name} before it had begun\n"
 
 
+def test_a_signal_amid_an_import_is_one_too(tmp_path: Path) -> None:
+    """An extension's import makes another error of an exit, and a package that cannot be imported may be optional."""
+    flag = tmp_path / "ready"
+    (tmp_path / "extension.py").write_text(
+        f"import pathlib, time\npathlib.Path({str(flag)!r}).touch()\n"
+        "try: time.sleep(60)\nexcept BaseException: raise ImportError from None"
+    )
+    rank = start(tmp_path, "try: import extension\nexcept ImportError: print('goes on without')")
+    while not flag.exists():
+        time.sleep(0.01)
+    rank.send_signal(signal.SIGUSR2)
+    code, row, text = finish(rank, tmp_path)
+    assert (code, row["exit_code"]) == (0, 75) and text == "stopped by SIGUSR2 before it had begun\n"
+
+
+def test_a_signal_that_comes_too_late_changes_nothing(tmp_path: Path) -> None:
+    """The command has ended, and what it leaves is being taken apart."""
+    source = "import atexit, os; atexit.register(os.kill, os.getpid(), 12); print('done')"
+    code, row, text = finish(start(tmp_path, source), tmp_path)
+    assert (code, row["exit_code"], text) == (0, 0, "done\n")
+
+
 def test_srun_says_who_it_is(tmp_path: Path) -> None:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
     source = f"import os; print(*(os.environ.get(name) for name in {names}))"
