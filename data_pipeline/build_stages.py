@@ -342,6 +342,13 @@ def _nothing_accepted(records: Sequence[EpisodeRecord], counts: Counts) -> UserE
     )
 
 
+_NEXT_MOVES = {
+    "missing_view": "set view_map or views",
+    "frame_rate_too_low": "lower fps",
+    "too_short": "lower clip_frames",
+}
+
+
 def _warn_of_a_source_without_clips(name: str, num_episodes: int, records: Sequence[EpisodeRecord]) -> None:
     """Beside other sources it would pass unnoticed."""
     if any(record.clips for record in records):
@@ -349,7 +356,7 @@ def _warn_of_a_source_without_clips(name: str, num_episodes: int, records: Seque
     rejected = [rejection for record in records for rejection in record.rejected]
     reason, _ = Counter(rejection.reason for rejection in rejected).most_common(1)[0]
     detail = next(rejection.detail for rejection in rejected if rejection.reason == reason)
-    next_move = "set view_map or views" if reason == "missing_view" else f"{REJECTED} has all of them"
+    next_move = _NEXT_MOVES.get(reason, f"{REJECTED} has all of them")
     logger.warning(
         "source %s: none of its episodes (%d) is in the dataset (%s: %s); %s.",
         *(name, num_episodes, reason, detail, next_move),

@@ -22,6 +22,7 @@ from configs.loader import UserError, dump_config, load_config
 from configs.problems import explain_refusal
 from data_pipeline import build, build_stages
 from data_pipeline.build import BuildConfig
+from data_pipeline.curate.episode import rejected_episode
 from data_pipeline.dataset_index import DatasetIndex
 from data_pipeline.datasets import Datasets
 from data_pipeline.encoder_config import VideoCodecConfig
@@ -29,7 +30,7 @@ from data_pipeline.loader import Loader, LoaderConfig
 from data_pipeline.resolve import staging_folder
 from data_pipeline.sample import Sample
 from data_pipeline.sources import FORMATS
-from data_pipeline.staging import Staging
+from data_pipeline.staging import Rejection, Staging
 from data_pipeline.verify import verify
 from data_pipeline.video_io import decode_clip
 from tests.data_pipeline.recordings import numbered_frames, read_numbers, write_lerobot_v21, write_video
@@ -144,6 +145,16 @@ def test_a_source_without_a_clip_is_warned_of_and_shown(recordings, tmp_path, ca
     page = (tmp_path / "dataset/report.html").read_text()
     cells = re.findall(r"<td[^>]*>([^<]*)</td>", next(row for row in page.split("<tr>") if "<td>people</td>" in row))
     assert cells == ["people", "–", "–", "5", "0", "0", "0", "5", "0.0"]
+
+
+@pytest.mark.parametrize(
+    ("reason", "next_move"),
+    [("frame_rate_too_low", "lower fps"), ("no_images", "rejected.parquet has all of them")],
+)
+def test_what_a_source_without_a_clip_is_told_to_do(caplog, reason, next_move):
+    rejection = Rejection(where="x", reason=reason, detail="5 frames/s for clips of 10")
+    build_stages._warn_of_a_source_without_clips("bridge", 1, [rejected_episode("bridge", "a", rejection)])
+    assert f"({reason}: 5 frames/s for clips of 10); {next_move}." in caplog.text
 
 
 def test_pixels_and_actions_belong_together(dataset):
