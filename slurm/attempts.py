@@ -138,6 +138,7 @@ def begin(folder: Path, run_dir: Path | None, staging: Path | None, max_failures
     for kind in (LOGS, PREFLIGHT):
         (folder / kind / attempt_name(number)).mkdir(parents=True, exist_ok=True)
     row = {"event": "begin", "attempt": number, "time": utc(), "job_id": job_id, "nodes": nodes}
+    row["restarts"] = whole_number(os.environ.get("SLURM_RESTART_COUNT", "0"))  # as scontrol counts them
     folders = {"run_dir": run_dir and str(run_dir), "staging": staging and str(staging)}
     append_row(folder / LEDGER, {**row, "max_failures": max_failures, **folders, "step": progress(run_dir, staging)})
     return number

@@ -28,6 +28,7 @@ from .jobs import (
     CHAIN_FILE,
     NotDone,
     Submission,
+    TaskState,
     only_one,
     read_states,
     read_submissions,
@@ -72,12 +73,30 @@ def main(config: SubmitConfig) -> int:
     scripts = write_texts(chain, jobs)
     with only_one(chain.run_dir):
         refuse_what_was_submitted(chain, jobs)  # meanwhile
-        write_files(chain, scripts)
-        due = {script.job.stage: list(script.job.tasks) for script in scripts}
         submissions = read_submissions(chain.run_dir)
         queue = scheduler.read_queue((one.job_id for one in submissions), ", so nothing is submitted")
-        submit_all(chain.run_dir, scripts, due, tasks_at_work(read_states(chain, queue)))
+        states = read_states(chain, queue)
+        for job in jobs:
+            if job.after not in {None, *(other.stage for other in jobs)}:
+                refuse_without_input(chain, job, states)
+        write_files(chain, scripts)
+        due = {script.job.stage: list(script.job.tasks) for script in scripts}
+        submit_all(chain.run_dir, scripts, due, tasks_at_work(states))
     return 0
+
+
+def refuse_without_input(chain: ChainConfig, job: Job, states: Sequence[TaskState]) -> None:
+    """A stage alone needs what the one before it leaves: there, or at work."""
+    for state in states:
+        task = state.task
+        left = chain.run_dir / "dataset" if task.run_dir is None else task.run_dir / "export"
+        if state.job.stage == job.after and state.queued is None and not state.is_done and not left.is_dir():
+            which = f"{job.after} {task.name}" if state.index else job.after
+            raise UserError(
+                f"stage {job.stage}: needs {left}, but {which} is not done ({state.word}); begin with "
+                f"`--stage {job.after}`, or where it was submitted, put it right and go on with "
+                f"`python -m slurm.resubmit {chain.run_dir}`."
+            )
 
 
 def refuse_what_was_submitted(chain: ChainConfig, jobs: Sequence[Job]) -> None:

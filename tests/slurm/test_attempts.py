@@ -248,6 +248,15 @@ def test_submissions_do_not_close_each_others_attempts(tmp_path: Path, monkeypat
     assert [one.verdict for one in read_attempts(job)] == [REQUEUE, None]
 
 
+@pytest.mark.parametrize(("count", "noted"), [(None, 0), ("3", 3), ("many", None)])
+def test_slurms_own_count_of_restarts_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: str | None, noted: int | None
+) -> None:
+    monkeypatch.setattr(os, "environ", {**JOB, **({"SLURM_RESTART_COUNT": count} if count else {})})
+    begin(tmp_path, None, None, 3, [])
+    assert read_rows(tmp_path / LEDGER)[0]["restarts"] == noted
+
+
 def test_tasks_of_an_array_are_jobs_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "20")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")

@@ -9,8 +9,9 @@ import pytest
 
 from configs.loader import UserError, load_config
 from slurm import scheduler, submit
+from slurm.attempt_files import append_row
 from slurm.chain import plan_jobs
-from slurm.jobs import only_one, read_submissions
+from slurm.jobs import Submission, only_one, read_submissions, write_submissions
 from slurm.submit import Script, SubmitConfig, submit_all
 
 CHAIN = """
@@ -61,6 +62,31 @@ def test_of_two_commands_at_once_one_submits(config: SubmitConfig, monkeypatch: 
         submit.main(config)
     with only_one(config.run_dir):  # it is free again
         pass
+
+
+def test_a_stage_alone_needs_what_the_one_before_it_leaves(
+    config: SubmitConfig, queue: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("check_partitions", "write_texts", "write_files"):
+        monkeypatch.setattr(submit, name, lambda *given: [])
+    alone = config.model_copy(update={"stage": "finetune"})
+    with pytest.raises(
+        UserError, match=r"stage finetune: needs .*/pretrain/export, but pretrain is not done \(not submitted\); begin"
+    ):
+        submit.main(alone)
+    write_submissions(config.run_dir, [Submission("pretrain", "9", {"": "pretrain"}, [], "")])
+    ledger = config.run_dir / "slurm/pretrain/attempts.jsonl"
+    ledger.parent.mkdir(parents=True)
+    append_row(ledger, {"event": "begin", "attempt": 1, "job_id": "9"})
+    at_work = {("9", ""): scheduler.QueuedTask("RUNNING", "None", "1:00", "n1")}
+    monkeypatch.setattr(scheduler, "read_queue", lambda *given: at_work)
+    assert submit.main(alone) == 0
+    at_work.clear()
+    append_row(ledger, {"event": "end", "attempt": 1, "verdict": "failed"})
+    with pytest.raises(UserError, match=r"but pretrain is not done \(failed\)"):
+        submit.main(alone)
+    (config.run_dir / "pretrain/export").mkdir(parents=True)  # by whatever made it
+    assert submit.main(alone) == 0
 
 
 def test_what_slurm_has_taken_is_noted_before_it_refuses_the_rest(config: SubmitConfig, queue: list[str]):
