@@ -20,7 +20,6 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     BeforeValidator,
     Field,
-    PositiveInt,
     StringConstraints,
     field_validator,
     model_validator,
@@ -34,7 +33,7 @@ RUN_DIR = "$RUN_DIR"
 
 ARRAY_INDEX = "$SLURM_ARRAY_TASK_ID"
 TIME = re.compile(r"(?:[0-9]+-)?[0-9]+(?::[0-9]{1,2}){0,2}")
-MAX_TIME_S = 366 * 24 * 3600
+MAX_TIME_S, MAX_LEAD_S = 366 * 24 * 3600, 65_535  # the latter is SLURM's
 
 MAX_NODES, MAX_TASKS, MAX_COUNT, MAX_SEED = 10_000, 100_000, 1_000_000, 2**63 - 1
 OURS = {"array", "dependency", "export", "job-name", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output"} | {
@@ -94,7 +93,9 @@ class StageConfig(StrictConfig):
         (), description="key=value for that command; $RUN_DIR stands for the chain's folder"
     )
     time: Words = Field(description="limit as sbatch takes it: 30 (minutes), 12:00:00, 2-00:00:00")
-    lead_s: PositiveInt = Field(300, description="seconds before the limit at which the job is told to save and stop")
+    lead_s: int = Field(
+        300, ge=1, le=MAX_LEAD_S, description="seconds before the limit at which the job is told to save and stop"
+    )
     cpus_per_node: Count | None = Field(None, description="null: the cluster's default, or with exclusive: all")
     gpus_per_node: int = Field(0, ge=0, le=MAX_COUNT, description="GPUs of every node")
     memory: Memory | None = Field(None, description="of a node as sbatch takes it: 64G, 0 (all); null: the default")

@@ -160,11 +160,30 @@ def read_states(chain: ChainConfig, queue: Mapping[tuple[str, str], QueuedTask] 
     for job in plan_jobs(chain):
         of_stage = [one for one in submissions if one.stage == job.stage]
         for index, task in job.tasks.items():
-            submission = next((one for one in reversed(of_stage) if index in one.tasks), None)
+            submission = next((one for one in reversed(of_stage) if one.tasks.get(index) == task.name), None)
             queued = queue.get((submission.job_id, index)) if queue and submission else None
             attempts = read_attempts(task.folder)
             states.append(TaskState(job, index, task, submission, queued, queue is not None, attempts))
     return states
+
+
+def refuse_changed_tasks(chain: ChainConfig, queue: Mapping[tuple[str, str], QueuedTask]) -> None:
+    """An index stands for one run as long as its job is at work, and the parts of a build belong together."""
+    file = chain.run_dir / CHAIN_FILE
+    for job in plan_jobs(chain):
+        of_stage = [one for one in read_submissions(chain.run_dir) if one.stage == job.stage]
+        if of_stage and job.stage == "data" and len(of_stage[0].tasks) != len(job.tasks):
+            raise UserError(
+                f"stage data: had {len(of_stage[0].tasks)} part(s) when it was submitted, and has {len(job.tasks)} "
+                f"now; put that back in {file}, or submit into another run_dir."
+            )
+        at_work = {key: one for one in of_stage for key in one.tasks.items() if (one.job_id, key[0]) in queue}
+        for (index, name), one in at_work.items():
+            if index not in job.tasks or job.tasks[index].name != name:
+                raise UserError(
+                    f"stage {job.stage}: {name} is at work as job {one.job_id}, and {file} has other presets or seeds "
+                    "now; wait for it, or end it with `python -m slurm.cancel`."
+                )
 
 
 def tasks_at_work(states: Iterable[TaskState]) -> dict[StageName, NotDone]:

@@ -17,7 +17,7 @@ from configs.loader import StrictConfig, UserError, run_command
 
 from . import scheduler
 from .chain import ChainConfig, StageName
-from .jobs import only_one, read_chain, read_states, read_submissions, tasks_at_work
+from .jobs import only_one, read_chain, read_states, read_submissions, refuse_changed_tasks, tasks_at_work
 from .submit import check_partitions, submit_all, write_files, write_texts
 
 WAITS_FOR_EVER = "DependencyNeverSatisfied"
@@ -42,6 +42,7 @@ def resubmit(chain: ChainConfig, only_say: bool) -> int:
     ending = [job_id for (job_id, _), one in queue.items() if one.state == "COMPLETING"]
     if ending:
         raise UserError(f"{chain.run_dir}: job {ending[0]} is just ending; try again in a minute.")
+    refuse_changed_tasks(chain, queue)
     waiting_for_ever = [key for key, one in queue.items() if one.reason == WAITS_FOR_EVER]
     states = read_states(chain, {key: one for key, one in queue.items() if key not in waiting_for_ever})
     due: dict[StageName, list[str]] = {}

@@ -117,6 +117,7 @@ def test_parts_of_a_build_are_one_pattern():
         ("run_dir: r\nstages: {pretrain: {config: c, time: 60, nodes: {min: 1, max: 1000000}}}\n", "10000"),
         ("run_dir: r\nstages: {pretrain: {config: c, time: 60, nodes: 1e30}}\n", "nodes"),
         ("run_dir: r\nstages: {pretrain: {config: c, time: 60, nodes: -1}}\n", "nodes"),
+        ("run_dir: r\nstages: {pretrain: {config: c, time: 9-0, lead_s: 70000}}\n", "65535"),
         ("run_dir: r\nstages: {pretrain: {config: c, time: 60, gpus_per_node: 1000000000000}}\n", "gpus_per_node"),
         ("run_dir: r\nstages: {pretrain: {config: c, time: 60, max_failures: 10000000000000000000}}\n", "max_failures"),
         ("run_dir: r\nstages: {data: {config: c, time: 99999999}}\n", "more than a year"),

@@ -221,3 +221,33 @@ def test_a_stage_that_the_chain_has_not_is_refused(
 ):
     assert slurm_submit("--stage", "data") == 2
     assert capsys.readouterr().err == "error: --stage data: the chain has no such stage; add it to stages.\n"
+
+
+# --- a chain that was edited --------------------------------------------------------------------------------------
+
+
+def edited_chain(run_dir: Path, tasks: dict[str, str], stage: str, settings: dict[str, object]) -> None:
+    """Of which one stage was submitted with these tasks, as job 8, and now has these settings."""
+    chain = ChainConfig(run_dir=run_dir, stages={stage: {"config": "c.yaml", "time": "60", **settings}})
+    (run_dir / "chain.yaml").write_text(dump_config(chain))
+    write_submissions(run_dir, [Submission(stage, "8", tasks, [], "")])
+
+
+def test_runs_that_moved_up_are_not_taken_for_those_at_work(
+    slurm: Slurm, run_dir: Path, capsys: pytest.CaptureFixture[str]
+):
+    """With preset a gone, b is the first of the array: it would be submitted while it is at work as the second."""
+    edited_chain(run_dir, {"0": "a", "1": "b"}, "finetune", {"presets": [{"name": "b"}]})
+    slurm.says("squeue", "echo '9|8|1|RUNNING|None|1:00:00|n1'")
+    with pytest.raises(UserError, match=r"stage finetune: b is at work as job 8, and .*chain\.yaml has other presets"):
+        COMMANDS["resubmit"](run_dir)
+    slurm.says("squeue", "")
+    assert COMMANDS["resubmit"](run_dir) == 0 and "finetune  b: not submitted, so it is due" in capsys.readouterr().out
+
+
+def test_parts_of_a_build_stay_as_many_as_they_were(slurm: Slurm, run_dir: Path):
+    edited_chain(run_dir, {str(index): f"part_{index}" for index in range(3)}, "data", {"parts": 5})
+    with pytest.raises(
+        UserError, match=r"stage data: had 3 part\(s\) when it was submitted, and has 5 now; put that back"
+    ):
+        COMMANDS["resubmit"](run_dir)
