@@ -28,6 +28,7 @@ def small_chain(cluster: Any, folder: Path) -> Path:
     return tiny.write_chain(
         cluster,
         folder,
+        held_at=[1],
         data={
             "config": "configs/data_pipeline/own_data.yaml",
             "overrides": [f"sources.data.path={folder}/recordings"],
@@ -39,17 +40,10 @@ def small_chain(cluster: Any, folder: Path) -> Path:
         pretrain={"config": "configs/pretrain/own_data.yaml", "overrides": FEW_STEPS, "nodes": 2, **shared},
         finetune={
             "config": "configs/finetune/own_data.yaml",
-            # enough steps to be met in the middle
-            "overrides": [
-                *FEW_STEPS,
-                "num_steps=30",
-                "checkpoint_every=10",
-                "validate_every=30",
-                "engine.kind=accelerate",
-            ],
+            "overrides": [*FEW_STEPS, "engine.kind=accelerate"],
             "presets": [
                 {"name": "joint", "overrides": []},
-                {"name": "actions_alone", "overrides": ["policy.video_loss_weight=0"]},
+                {"name": "actions_alone", "overrides": ["policy.video_loss_weight=0", tiny.HELD]},
             ],
             "preflight": False,
             **shared,

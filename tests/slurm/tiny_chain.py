@@ -5,6 +5,7 @@ import os
 import runpy
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,8 @@ from slurm.attempt_files import Attempt, attempt_name, rank_rows, read_attempts
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 tiny = SimpleNamespace(**runpy.run_path(str(REPOSITORY / "tests/data_pipeline/tiny_dataset.py")))
+
+HELD, HELD_BY = "trackers=[wandb]", REPOSITORY / "tests/slurm/held"
 
 NUM_STEPS, BATCH = 400, 4
 DEEPSPEED = {"kind": "deepspeed", "zero_stage": 1, "device": "cpu", "precision": "fp32"}
@@ -37,17 +40,19 @@ TRAINING = {
 
 
 def write_training(folder: Path, dataset: Path, **changes: Any) -> Path:
-    """The config of a pretraining run of a few hundred steps, each of some hundredths of a second."""
+    """The config of a pretraining run of a few hundred steps, each of some hundredths of a second: it may be over before a
+    test looks again, unless it is HELD."""
     loader = {"dataset": str(dataset), "global_batch_size": BATCH, "text_length": 4}
     path = folder / "training.yaml"
     path.write_text(yaml.safe_dump({"run_dir": str(folder / "alone"), "loader": loader, **TRAINING, **changes}))
     return path
 
 
-def write_chain(cluster: Any, folder: Path, **stages: dict[str, Any]) -> Path:
-    """A chain into folder/run."""
+def write_chain(cluster: Any, folder: Path, held_at: Sequence[int] = (), **stages: dict[str, Any]) -> Path:
+    """A chain into folder/run; a training with the override HELD waits in each attempt, see `held/wandb.py`."""
     scratch = cluster.folder / "scratch"  # Ray's sockets bear no long path
-    (folder / "env.sh").write_text(f"SCRATCH={scratch}\n")
+    held = f'export PYTHONPATH={HELD_BY}\nexport HELD_AT="{" ".join(map(str, held_at))}"\n'
+    (folder / "env.sh").write_text(f"SCRATCH={scratch}\n{held}")
     chain = {"run_dir": str(folder / "run"), "env": str(folder / "env.sh"), "stages": stages}
     path = folder / "chain.yaml"
     path.write_text(yaml.safe_dump(chain))
