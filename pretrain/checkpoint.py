@@ -37,6 +37,7 @@ from .checkpoint_files import (
     LAYOUT,
     WEIGHTS,
     CheckpointWeights,
+    LazyParts,
     PartFiles,
     part_file,
     part_kinds,
@@ -157,15 +158,15 @@ class Checkpoints:
         engine, layout = self._engine, _checked_layout(path, self._engine)
         shards = engine.shards()
 
-        def read(kind: str, names: Iterable[str]) -> dict[str, Tensor]:
-            files = PartFiles(path, kind, engine.rank)
-            return {name: files.read(name, shards[name].start, shards[name].num) for name in names}
+        def parts(kind: str, names: Iterable[str]) -> LazyParts:
+            spans = {name: (shards[name].start, shards[name].num) for name in names}
+            return LazyParts(PartFiles(path, kind, engine.rank), spans)
 
-        engine.assign_shards(read(WEIGHTS, shards))
+        engine.assign_shards(parts(WEIGHTS, shards))
         engine.assign_buffers(load_file(path / BUFFERS))
-        ema.restore(read(AVERAGE, ema.average))
+        ema.restore(parts(AVERAGE, ema.average))
         steps = layout["steps"]
-        engine.restore_optimizer(steps, {kind: read(kind, steps) for kind in part_kinds(path) - {WEIGHTS, AVERAGE}})
+        engine.restore_optimizer(steps, {kind: parts(kind, steps) for kind in part_kinds(path) - {WEIGHTS, AVERAGE}})
         if layout["written_by"] != engine.layout:
             logger.info(
                 "%s was written by %s and goes on under %s: with the same samples and noise, and the same losses up to "
@@ -256,7 +257,7 @@ class Checkpoints:
             for name, values in of_kind.items():
                 copy = self._copies.get(f"{kind}/{name}")
                 if copy is None:
-                    copy = torch.empty(values.shape, pin_memory=values.is_cuda)
+                    copy = self._engine.room_for(values, on_host=True)
                     self._copies[f"{kind}/{name}"] = copy
                 copies[kind][name] = copy.copy_(values, non_blocking=True)
         if self._engine.device.type == "cuda":

@@ -9,7 +9,7 @@ engines: DeepSpeed on 64 ranks and one plain process read and write the same fil
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,23 @@ class PartFiles:
         for name, first in json.loads(file.metadata()[STARTS]).items():
             (size,) = file.get_slice(name).get_shape()
             self._parts.setdefault(name, []).append((first, size, file))
+
+
+class LazyParts(Mapping[str, Tensor]):
+    """Elements of parameters, each read when it is asked for: all of them at once may be more than memory holds."""
+
+    def __init__(self, files: PartFiles, spans: Mapping[str, tuple[int, int]]) -> None:
+        """`spans` are the first element and the number of them, by the parameter's name."""
+        self._files, self._spans = files, spans
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._files.read(name, *self._spans[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._spans)
+
+    def __len__(self) -> int:
+        return len(self._spans)
 
 
 class CheckpointWeights:

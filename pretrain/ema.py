@@ -19,7 +19,7 @@ class ExponentialMovingAverage:
         self.decay = decay
         shards = engine.shards()
         self.average: dict[str, Tensor] = {
-            name: shard.values.clone() for name, shard in shards.items() if shard.is_trained
+            name: _copy(engine, shard.values) for name, shard in shards.items() if shard.is_trained
         }
 
     @torch.no_grad()
@@ -40,9 +40,13 @@ class ExponentialMovingAverage:
     def swap_in(self, engine: Engine) -> Iterator[None]:
         """The engine computes with the averaged weights inside the `with`, and with its own again after it."""
         shards = engine.shards()
-        own = {name: shards[name].values.clone() for name in self.average}
+        own = {name: _copy(engine, shards[name].values) for name in self.average}
         engine.assign_shards(self.average)
         try:
             yield
         finally:
             engine.assign_shards(own)
+
+
+def _copy(engine: Engine, values: Tensor) -> Tensor:
+    return engine.room_for(values).copy_(values)

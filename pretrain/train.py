@@ -118,7 +118,7 @@ MAY_CHANGE = frozenset(
     | {"loader.dataset", "loader.storage"}  # where it lies: what is in it, the cursor sees to
     | {"engine.kind", "engine.zero_stage", "engine.sharding", "engine.sequence_parallel", "engine.grad_accum_steps"}
     | {"engine.timeout_s", "stuck_after_s", "engine.attention", "engine.compile", "engine.activation_checkpointing"}
-    | {"engine.offload_optimizer", "engine.offload_weights", "engine.reshard_after_forward"}
+    | {"engine.offload_optimizer", "engine.offload_weights", "engine.offload_folder", "engine.reshard_after_forward"}
     | {f"guard.{name}" for name in GuardConfig.model_fields}
     | {f"imagine.{name}" for name in ImagineConfig.model_fields}
 )

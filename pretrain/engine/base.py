@@ -10,10 +10,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, cast
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from configs.loader import StrictConfig
@@ -44,11 +45,14 @@ class EngineConfig(StrictConfig):
     zero_stage: Literal[1, 2, 3] = Field(
         1, description="deepspeed: shard optimizer states (1), gradients too (2), weights too (3)"
     )
-    offload_optimizer: Literal["none", "cpu"] = Field(
-        "none", description="deepspeed: keep optimizer states in the CPU's memory, and update weights there"
+    offload_optimizer: Literal["none", "cpu", "nvme"] = Field(
+        "none", description="deepspeed: keep optimizer states in the CPU's memory or on disk; it updates weights there"
     )
-    offload_weights: Literal["none", "cpu"] = Field(
-        "none", description="deepspeed, zero_stage 3: keep weights that are not in use in the CPU's memory"
+    offload_weights: Literal["none", "cpu", "nvme"] = Field(
+        "none", description="deepspeed, zero_stage 3: keep weights that are not in use in the CPU's memory or on disk"
+    )
+    offload_folder: Path | None = Field(
+        None, description="what nvme means: a folder on a fast disk of each machine; null: there is none"
     )
     sequence_parallel: int = Field(
         1, ge=1, description="consecutive ranks that share each sequence (Ulysses); divides the attention heads"
@@ -68,16 +72,6 @@ class EngineConfig(StrictConfig):
     )
     timeout_s: float = Field(1800, gt=0, le=1e6, description="how long a rank waits for the others before it gives up")
 
-    @field_validator("offload_optimizer", "offload_weights", mode="before")
-    @classmethod
-    def _offloads_to_memory(cls, where: Any) -> Any:
-        if where == "nvme":
-            raise ValueError(
-                "nvme is not supported, because what DeepSpeed keeps on disks is out of reach of averages and "
-                "checkpoints; choose cpu, or shard over more GPUs"
-            )
-        return where
-
     @model_validator(mode="after")
     def _zero_3_is_compiled_with_checkpointing(self) -> Self:
         is_sharded = self.kind == "deepspeed" and self.zero_stage == 3
@@ -90,12 +84,24 @@ class EngineConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _offload_is_possible(self) -> Self:
-        offloads = "cpu" in (self.offload_optimizer, self.offload_weights)
-        if offloads and self.kind != "deepspeed":
+        places = {self.offload_optimizer, self.offload_weights} - {"none"}
+        if places and self.kind != "deepspeed":
             raise ValueError(f"kind={self.kind} offloads nothing: set kind to deepspeed, or both offloads to none")
-        if self.offload_weights == "cpu" and self.zero_stage < 3:
+        if self.offload_weights != "none" and self.zero_stage < 3:
             raise ValueError(f"zero_stage={self.zero_stage} keeps weights on every rank: offload_weights needs stage 3")
+        if len(places) == 2:
+            raise ValueError(
+                f"offload_optimizer={self.offload_optimizer} and offload_weights={self.offload_weights}: what is "
+                "offloaded lies in one place; set both to cpu, both to nvme, or one to none"
+            )
+        if places == {"nvme"} and self.offload_folder is None:
+            raise ValueError("nvme needs offload_folder: name a folder on a fast disk of each machine, or choose cpu")
         return self
+
+    @property
+    def disk(self) -> Path | None:
+        """The folder that something is offloaded to."""
+        return self.offload_folder if "nvme" in (self.offload_optimizer, self.offload_weights) else None
 
 
 @dataclass(frozen=True)
@@ -238,6 +244,12 @@ class Engine(ABC):
     def shards(self) -> dict[str, Shard]:
         """This rank's part, which may be empty, of every parameter. One with several names has its first one here."""
 
+    def room_for(self, values: Tensor, on_host: bool = False) -> Tensor:
+        """Memory for a copy of a shard's numbers, where they are or for the CPU to read; not yet written."""
+        if on_host:
+            return torch.empty(values.shape, pin_memory=values.is_cuda)
+        return torch.empty_like(values)
+
     @abstractmethod
     def _spread(self) -> None:
         """Makes what all ranks' shards hold the weights that every rank computes with. Collective."""
@@ -261,7 +273,7 @@ class Engine(ABC):
     def optimizer_steps(self) -> dict[str, float]:
         """Updates so far of each trained parameter, on every rank; empty before the first."""
         states = {name: self._optimizer.state.get(shard.holder, {}) for name, shard in self.shards().items()}
-        return {name: float(state[STEP]) for name, state in states.items() if STEP in state}
+        return {name: float(state[STEP]) for name, state in states.items() if state.get(STEP)}
 
     @torch.no_grad()
     def update_norm(self) -> float:

@@ -13,7 +13,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from ..models.execution import blocks_of
 from .base import Engine, EngineConfig, StepReport, T
+from .disk import DiskMemory
 from .optimizer import OptimizerConfig, build_optimizer, set_learning_rate
 from .ranks import Ranks
-from .shards import Shard, share
+from .shards import MOMENTS, Shard, make_optimizer_states, share
 
 REDUCE_BUCKET = 50_000_000  # gradients that are reduced at once
 
@@ -42,20 +43,42 @@ class DeepSpeedEngine(Engine):
         if config.compile or config.activation_checkpointing == "selective":
             for block in blocks_of(module):
                 deepspeed.utils.set_z3_leaf_module(block, True)
-        if self.is_empty:
-            self._make_room(deepspeed)
-        self._deepspeed, *_ = deepspeed.initialize(
-            model=self._hooked,
-            optimizer=build_optimizer(optimizer_config, self.module),
-            config=self.deepspeed_config,
-            dist_init_required=False,
-        )
+        self._disk = DiskMemory(config.disk, self.ranks) if config.disk else None
+        with self._disk.placing() if self._disk else nullcontext():
+            if self.is_empty:
+                self._make_room(deepspeed)
+            self._deepspeed, *_ = deepspeed.initialize(
+                model=self._hooked,
+                optimizer=build_optimizer(optimizer_config, self.module),
+                config=self.deepspeed_config,
+                dist_init_required=False,
+            )
         self._zero = self._deepspeed.optimizer  # wraps the optimizer, and cuts what it updates into partitions
         self._optimizer = self._zero.optimizer
         self._shards = self._find_shards()
         if self.zero_stage < 3 and config.offload_optimizer == "none":
             self._spare_copies_of_gradients()
+        elif self.zero_stage < 3:  # a copy in the weights' own type, which is that of the partition
+            self._zero.param_buffer_of_bit16_for_cpu_offload_groups = list(self._zero.single_partition_of_fp32_groups)
+        if config.offload_optimizer == "nvme":
+            self._place_what_comes_later()
         self._decline_large_norms()
+
+    def _place_what_comes_later(self) -> None:
+        """What the first step would allocate: moments, and sums over micro-batches."""
+        assert self._disk is not None
+        for holder in {id(shard.holder): shard.holder for shard in self._shards.values() if shard.is_trained}.values():
+            self._optimizer.state[holder] = {key: self._disk.zeros(len(holder)) for key in MOMENTS}
+            make_optimizer_states(self._optimizer, holder, set(), step=0)
+        if self.zero_stage < 3 and self.grad_accum_steps > 1:
+            for parameter in (one for group in self._zero.params_in_partition for one in group):
+                sums = self._disk.zeros(parameter.numel())
+                self._zero.accumulated_grads_in_cpu[self._zero.get_param_id(parameter)] = sums
+
+    def room_for(self, values: Tensor, on_host: bool = False) -> Tensor:
+        if self._disk and values.device.type == "cpu":
+            return self._disk.zeros(values.numel())
+        return super().room_for(values, on_host)
 
     def _spare_copies_of_gradients(self) -> None:
         """ZeRO-1 and 2 make more than are needed, which in a small step on a CPU takes a quarter of the time."""
@@ -196,8 +219,9 @@ def deepspeed_config(config: EngineConfig, optimizer: OptimizerConfig, precision
         "zero_optimization": {
             "stage": config.zero_stage,
             "reduce_bucket_size": REDUCE_BUCKET,
-            "offload_optimizer": {"device": config.offload_optimizer},
-            "offload_param": {"device": config.offload_weights},
+            # What goes to disks is in the CPU's memory, as DeepSpeed sees it: `engine.disk` says why.
+            "offload_optimizer": {"device": config.offload_optimizer.replace("nvme", "cpu")},
+            "offload_param": {"device": config.offload_weights.replace("nvme", "cpu")},
             # ZeRO-3's own linear layer adds the bias in place, to the very product that selective checkpointing keeps,
             # and gathers what a compiled block has gathered already.
             "memory_efficient_linear": config.activation_checkpointing != "selective" and not config.compile,

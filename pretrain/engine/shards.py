@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 STEP = "step"  # of an optimizer's states the one that counts updates; the others have a number per weight
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's others
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,10 @@ def adamw_update_square(
     total = 0.0
     for name, shard in shards.items():
         states = optimizer.state.get(shard.holder, {}) if shard.is_trained else {}
-        if STEP not in states or not shard.num:
+        step = float(states.get(STEP, 0))
+        if not step or not shard.num:
             continue
-        step = float(states[STEP])
-        mean, square = (shard.part_of(states[key]) for key in ("exp_avg", "exp_avg_sq"))
+        mean, square = (shard.part_of(states[key]) for key in MOMENTS)
         shift = mean * (lr / (1 - beta1**step)) / ((square / (1 - beta2**step)).sqrt_() + eps)
         lost = lr * decay if len(shapes[name]) >= 2 else 0.0
         update = (shard.values.to(shift) + shift).mul_(lost / (1 - lost)).add_(shift) if lost else shift
@@ -84,8 +85,8 @@ def adamw_update_square(
 
 
 def make_optimizer_states(optimizer: torch.optim.Optimizer, holder: Tensor, keys: set[str], step: float) -> None:
-    """The states that an optimizer would have made in its first update, all zero but for the step."""
+    """The states that an optimizer would have made in its first update; those that are not there yet are zero."""
     state = optimizer.state[holder]
     state[STEP] = torch.tensor(step, dtype=torch.float32, device=local(holder).device)
-    for key in keys:
+    for key in keys - state.keys():
         state[key] = torch.zeros_like(holder, requires_grad=False)

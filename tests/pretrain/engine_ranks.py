@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 import unittest.mock
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from pretrain.checkpoint import Checkpoints
 from pretrain.checkpoint_files import part_file, write_parts
 from pretrain.draws import SampleDraws
 from pretrain.ema import ExponentialMovingAverage
-from pretrain.engine import EngineConfig, OptimizerConfig, create_engine, learning_rate
+from pretrain.engine import EngineConfig, OptimizerConfig, create_engine, disk, learning_rate
 from pretrain.engine.base import Engine
 from pretrain.steps import forward_backward, sample_draws
 
@@ -30,6 +31,8 @@ from tiny_training import BATCH, build_tiny_model, global_batch, whole_weights
 
 NUM_STEPS, SAVED_STEP, NAN_STEP = 5, 3, 4
 SCHEDULE_STEPS = 10
+OFFLOAD_FOLDER = tempfile.mkdtemp(prefix="offload_")
+disk.LEAST = 1  # or so small a model would stay in memory
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, max_grad_norm=0.5)
 ENGINES: dict[str, dict[str, Any]] = {
     "zero1": {"kind": "deepspeed", "zero_stage": 1},
@@ -42,6 +45,13 @@ ENGINES: dict[str, dict[str, Any]] = {
         "offload_optimizer": "cpu",
         "offload_weights": "cpu",
     },
+    "zero2_nvme": {"kind": "deepspeed", "zero_stage": 2, "offload_optimizer": "nvme"},
+    "zero3_nvme": {
+        "kind": "deepspeed",
+        "zero_stage": 3,
+        "offload_optimizer": "nvme",
+        "offload_weights": "nvme",
+    },
     "ddp": {"kind": "accelerate", "sharding": "ddp"},
     "fsdp2": {"kind": "accelerate", "sharding": "fsdp2", "reshard_after_forward": False},
     "zero1_bf16": {"kind": "deepspeed", "zero_stage": 1, "precision": "bf16"},
@@ -50,6 +60,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 
 def open_engine(name: str) -> Engine:
     settings = {"device": "cpu", "precision": "fp32", "grad_accum_steps": 2, **ENGINES[name]}
+    settings["offload_folder"] = OFFLOAD_FOLDER
     return create_engine(EngineConfig.model_validate(settings), build_tiny_model(), OPTIMIZER)
 
 
@@ -64,6 +75,31 @@ def take_step(engine: Engine, ema: ExponentialMovingAverage, step: int) -> dict[
         ema.update(engine, step)
     loss = engine.mean_across_ranks({"loss": losses["loss"].item()})["loss"]
     return {"loss": loss, "grad_norm": report.grad_norm, "was_applied": report.was_applied, "lr": report.lr}
+
+
+def kinds_on_disk(engine: Any, ema: ExponentialMovingAverage, checkpoints: Any) -> list[str]:
+    """What lies in files of the offload folder, as this process has them mapped, as a whole."""
+    shards, zero = engine.shards().values(), getattr(engine, "_zero", None)
+    trained = [shard for shard in shards if shard.is_trained]
+    kinds = {
+        "master": [shard.holder for shard in trained],
+        "gradients": [shard.holder.grad for shard in trained],
+        "sums": [*getattr(zero, "accumulated_grads_in_cpu", {}).values()]
+        or [getattr(zero, "grad_partitions_flat_buffer", None)],
+        "moments": [value for of_kind in engine.optimizer_states().values() for value in of_kind.values()],
+        "average": [*ema.average.values()],
+        "copies": [checkpoints._copies[f"weights/{name}"] for name in ema.average],
+        "weights": [getattr(parameter, "ds_tensor", None) for parameter in engine.module.parameters()],
+    }
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if OFFLOAD_FOLDER in line]
+    maps = [tuple(int(end, 16) for end in line[0].split("-")) for line in lines]
+
+    def is_mapped(values: torch.Tensor | None) -> bool:
+        if values is None:
+            return False
+        return not len(values) or any(low <= values.data_ptr() < high for low, high in maps)
+
+    return [kind for kind, tensors in kinds.items() if all(map(is_mapped, tensors))]
 
 
 def validation_loss(engine: Engine, ema: ExponentialMovingAverage) -> float:
@@ -84,11 +120,12 @@ def train(name: str, folder: Path) -> dict[str, Any]:
             validation = validation_loss(engine, ema)
             weights = whole_weights(engine)
             checkpoints.save(ema, {"step": step}, texts={})  # written while the next steps change the weights
+            on_disk = engine.ranks.gather(kinds_on_disk(engine, ema, checkpoints))
     checkpoints.settle(wait_for_it=True)
     any_rank = [engine.any_rank(engine.rank == engine.world_size - 1), engine.any_rank(False)]
     engine.close()
     sums = {parameter: value.double().sum().item() for parameter, value in weights.items()}
-    return {"rows": rows, "validation": validation, "weights": sums, "any_rank": any_rank}
+    return {"rows": rows, "validation": validation, "weights": sums, "any_rank": any_rank, "on_disk": on_disk}
 
 
 def resume(name: str, folder: Path) -> dict[str, Any]:
@@ -166,6 +203,7 @@ if __name__ == "__main__":
         if is_tried(name, source, world_size)
     }
     failed = fail_on_the_last_rank(options.folder / f"failing_{world_size}") if options.train else {}
+    os.rmdir(OFFLOAD_FOLDER)  # fails where something was left in it
     if torch.distributed.get_rank() == 0:
         found = {"trained": seen, "resumed": resumed, "sequence": sequence, "failed": failed, "gathers": gathers}
         print(json.dumps(found))  # noqa: T201

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,23 @@ def test_state_weights_and_average_come_back(tmp_path: Path) -> None:
     for name, value in engine.module.state_dict().items():
         assert torch.equal(other_engine.module.state_dict()[name], value), name
     assert other_ema.average["embed.weight"].eq(7.0).all()
+
+
+def test_a_resume_holds_one_parameter_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside those it goes into: what is offloaded may be more than memory holds."""
+    save(tmp_path, 1)
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    seen, read = [], PartFiles.read
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        seen.append(len(alive))
+        values = read(*arguments)
+        alive.add(values)
+        return values
+
+    monkeypatch.setattr(PartFiles, "read", counted)
+    assert load(tmp_path) == {"step": 1}
+    assert len(seen) == 3 + 1 and max(seen) <= 1  # weights, and the average of what is trained
 
 
 @pytest.mark.parametrize("averaged", [True, False])

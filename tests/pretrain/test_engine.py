@@ -21,9 +21,10 @@ from pretrain.engine import EngineConfig, OptimizerConfig, create_engine, learni
 from pretrain.engine.deepspeed import deepspeed_config
 from pretrain.engine.optimizer import build_optimizer
 from pretrain.engine.ranks import join_ranks, resolve_precision
+from pretrain.engine.shards import MOMENTS, make_optimizer_states
 
 SCRIPT = Path(__file__).with_name("engine_ranks.py")
-ENGINES = ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "ddp", "fsdp2"]
+ENGINES = ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero2_nvme", "zero3_nvme", "ddp", "fsdp2"]
 SOME = ["zero1", "zero3", "fsdp2"]
 NUM_STEPS, SAVED_STEP, NAN_STEP, SCHEDULE_STEPS = 5, 3, 4, 10
 
@@ -118,6 +119,23 @@ def test_resumes_to_the_last_digit(name: str, on_two: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ENGINES)
+def test_what_is_offloaded_to_disks_lies_there_on_every_rank(name: str, seen: dict[str, Any]) -> None:
+    """Copies of weights that checkpoints are written from, sums over micro-batches and all else included."""
+    kept = ["master", "gradients", "sums", "moments", "average", "copies"]
+    expected = {"zero2_nvme": kept, "zero3_nvme": [*kept, "weights"]}.get(name, [])
+    assert seen[name]["on_disk"] == [expected] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_disk_changes_no_digit(stage: int, seen: dict[str, Any]) -> None:
+    in_memory, on_disk = seen[f"zero{stage}_offload"], seen[f"zero{stage}_nvme"]
+    assert repr(on_disk["rows"]) == repr(in_memory["rows"])
+    assert (on_disk["weights"], on_disk["validation"]) == (in_memory["weights"], in_memory["validation"])
+
+
+@pytest.mark.slow
 def test_engines_go_on_from_what_others_saved(on_two: dict[str, Any], reference: SimpleNamespace) -> None:
     assert {f"zero1_on_2 on {name}" for name in ENGINES} <= on_two["resumed"].keys()
     assert {f"{name}_on_2 on ddp" for name in ENGINES} <= on_two["resumed"].keys()
@@ -130,10 +148,10 @@ def test_engines_go_on_from_what_others_saved(on_two: dict[str, Any], reference:
 def test_a_run_goes_on_on_other_numbers_of_ranks(
     folder: Path, on_two: dict[str, Any], on_four: dict[str, Any], reference: SimpleNamespace
 ) -> None:
-    on_one = on_ranks(1, folder, "--resume", *SOME, "--saved-on", 2, 4)
+    on_one = on_ranks(1, folder, "--resume", *SOME, "zero3_nvme", "--saved-on", 2, 4)
     back_on_two = on_ranks(2, folder, "--resume", *SOME, "--saved-on", 4)
     resumed = {**on_four["resumed"], **on_one["resumed"], **back_on_two["resumed"]}
-    assert len(resumed) == 2 * len(SOME) ** 2  # from checkpoints of two ranks, and of four
+    assert len(resumed) == 2 * len(SOME) * (len(SOME) + 1)  # from checkpoints of two ranks, and of four
     for row in (*on_four["resumed"].values(), *on_one["resumed"].values(), *back_on_two["resumed"].values()):
         assert_close(row["rows"], reference.rows[SAVED_STEP:], SAVED_STEP + 1)
         assert row["validation"] == pytest.approx(on_two["trained"]["ddp"]["validation"], abs=1e-5)
@@ -226,9 +244,22 @@ def test_offload_reaches_deepspeed_and_is_refused_where_it_cannot_be() -> None:
         EngineConfig(kind="accelerate", offload_optimizer="cpu")
     with pytest.raises(ValueError, match=r"zero_stage=2 keeps weights on every rank: offload_weights needs stage 3"):
         EngineConfig(zero_stage=2, offload_weights="cpu")
+    with pytest.raises(ValueError, match=r"zero_stage=1 keeps weights on every rank: offload_weights needs stage 3"):
+        EngineConfig(offload_weights="nvme", offload_folder=Path("disk"))
+    with pytest.raises(ValueError, match=r"offload_weights=cpu: what is offloaded lies in one place; set both to cpu"):
+        EngineConfig(zero_stage=3, offload_optimizer="nvme", offload_weights="cpu", offload_folder=Path("disk"))
     for field in ("offload_optimizer", "offload_weights"):
-        with pytest.raises(ValueError, match=r"nvme is not supported, because .*; choose cpu"):
+        with pytest.raises(ValueError, match=r"nvme needs offload_folder: name a folder on a fast disk"):
             EngineConfig.model_validate({"zero_stage": 3, field: "nvme"})
+
+
+def test_an_update_that_was_not_taken_yet_moves_nothing() -> None:
+    """Moments on a disk are there before the first one."""
+    engine = create_engine(EngineConfig(kind="accelerate", device="cpu"), torch.nn.Linear(2, 2), OptimizerConfig())
+    for shard in engine.shards().values():
+        make_optimizer_states(engine._optimizer, shard.holder, set(MOMENTS), step=0)
+    assert engine.optimizer_steps() == {}
+    assert engine.update_norm() == 0
 
 
 # --- learning rate ------------------------------------------------------------------------------------------------
