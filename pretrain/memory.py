@@ -54,7 +54,7 @@ def _num_weights(module: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class States:
-    """Bytes on one GPU. What is offloaded is not here, but `on_host`."""
+    """Bytes on one GPU. What is offloaded is not here, but `on_host` or `on_disk`: a GPU's share of its machine's."""
 
     weights: int
     gradients: int
@@ -62,6 +62,7 @@ class States:
     moments: int
     average: int
     on_host: int
+    on_disk: int
     in_backward: int
     """Buffers of the backward pass: buckets of gradients, gathered weights, bf16 copies."""
     in_update: int
@@ -88,8 +89,10 @@ def _deepspeed_states(size: ModelSize, engine: EngineConfig, num_gpus: int, prec
     """Small weights, which ZeRO-3 never cuts, are left out."""
     whole, stage = FLOAT * size.parameters, engine.zero_stage
     part = _part(size, num_gpus)
-    offloads = engine.offload_optimizer == "cpu"
-    offloads_weights = engine.offload_weights == "cpu"
+    offloads, offloads_weights = engine.offload_optimizer != "none", engine.offload_weights != "none"
+    offloaded = part * (6 * offloads + offloads_weights)  # gradients twice: summed up, and of the last micro-step
+    # On a disk also what a checkpoint is written from, and weights while their average stands in for them.
+    kept_aside = part * 5 * offloads
     # Gradients are reduced as they come, and go to the CPU where the optimizer is; ZeRO-1 keeps all of its own between
     # micro-steps. Over one micro-batch it holds what ZeRO-2 does.
     partitioned = 0 if offloads else part
@@ -103,7 +106,8 @@ def _deepspeed_states(size: ModelSize, engine: EngineConfig, num_gpus: int, prec
         master_copy=0 if offloads else part,
         moments=0 if offloads else 2 * part,
         average=0 if offloads else part,
-        on_host=part * (6 * offloads + offloads_weights),  # gradients twice: summed up, and of the last micro-step
+        on_host=0 if engine.disk else offloaded,
+        on_disk=offloaded + kept_aside if engine.disk else 0,
         in_backward=bucket * (2 if stage == 3 else 1) + gathered + copies,  # ZeRO-3 fills one as it reduces the other
         in_update=part if stage < 3 and not offloads else 0,  # the partition's gradients, laid end to end
     )
@@ -118,6 +122,7 @@ def _ddp_states(size: ModelSize, num_gpus: int, precision: Precision) -> States:
         moments=2 * whole,
         average=_part(size, num_gpus),
         on_host=0,
+        on_disk=0,
         in_backward=_copies(size, precision),
         in_update=0,
     )
@@ -134,6 +139,7 @@ def _fsdp_states(size: ModelSize, engine: EngineConfig, num_gpus: int, precision
         moments=2 * part,
         average=part,
         on_host=0,
+        on_disk=0,
         in_backward=gathered + FLOAT * (2 * size.block + size.outside) + _copies(size, precision),
         in_update=0,
     )

@@ -74,7 +74,7 @@ SHARDINGS: dict[str, tuple[dict[str, Any], ...]] = {
         {"sharding": "fsdp2", "reshard_after_forward": True},
     ),
 }
-"""What an engine can do with weights and states, by its kind; the plainest first."""
+"""What an engine can do with weights and states, by its kind; the plainest first. `shardings` knows of disks."""
 
 
 class PlanConfig(PretrainConfig):
@@ -102,6 +102,7 @@ class PlanConfig(PretrainConfig):
     )  # fmt: skip
     restart_s: Rate = Field(300.0, description="from a failure until the run computes again")
     disk_gb_s: Rate = Field(2.0, description="GB/s per machine that the checkpoints' disk takes")
+    offload_gb_s: Rate = Field(5.0, description="GB/s per machine of the disk with engine.offload_folder")
     as_json: bool = Field(False, alias="json", description="write JSON instead of tables")
 
 
@@ -166,7 +167,7 @@ def lay_out(config: PlanConfig) -> Plan:
         num_gpus=config.num_gpus,
         num_steps=config.num_steps,
         mfu=mfu,
-        states=[states_plan(config, work, sharding) for sharding in SHARDINGS[config.engine.kind]],
+        states=[states_plan(config, work, sharding) for sharding in shardings(config.engine)],
         clips=[clips_plan(config, work, clips, mode) for clips in work.clips for mode in MODES],
         configured=setting_plan(config, work, config.engine, mfu),
         best=told,
@@ -255,7 +256,7 @@ def settings(config: PlanConfig, work: Workload) -> Iterator[EngineConfig]:
         if any(one.num_clips % data_ranks for one in work.clips):
             continue
         for micro_steps in _divisors(math.gcd(*(one.num_clips // data_ranks for one in work.clips))):
-            for sharding in SHARDINGS[config.engine.kind]:
+            for sharding in shardings(config.engine):
                 for mode, is_compiled in itertools.product(MODES, {config.engine.compile, False}):
                     changes = {
                         **sharding,
@@ -270,6 +271,12 @@ def settings(config: PlanConfig, work: Workload) -> Iterator[EngineConfig]:
                         continue
 
 
+def shardings(engine: EngineConfig) -> list[dict[str, Any]]:
+    """Where a run offloads to disks, it does so in all of them that offload."""
+    place = "nvme" if engine.disk else "cpu"
+    return [{name: place if value == "cpu" else value for name, value in one.items()} for one in SHARDINGS[engine.kind]]
+
+
 def cheapest(config: PlanConfig, work: Workload, gpu: GpuName, mfu: float) -> EngineConfig | None:
     """Of the settings that fit the one with the shortest step; among equals the plainest."""
     priced = ((price(config, work, one, gpu, mfu), one) for one in settings(config, work))
@@ -278,8 +285,8 @@ def cheapest(config: PlanConfig, work: Workload, gpu: GpuName, mfu: float) -> En
 
 
 def _plainness(engine: EngineConfig) -> tuple[int, ...]:
-    shardings, mode = SHARDINGS[engine.kind], MODES.index(engine.activation_checkpointing)
-    (sharding,) = (n for n, one in enumerate(shardings) if all(getattr(engine, name) == one[name] for name in one))
+    every, mode = shardings(engine), MODES.index(engine.activation_checkpointing)
+    (sharding,) = (n for n, one in enumerate(every) if all(getattr(engine, name) == one[name] for name in one))
     return engine.sequence_parallel, engine.grad_accum_steps, sharding, mode, engine.compile
 
 
@@ -310,7 +317,7 @@ def micro_batch(config: PlanConfig, clips: Clips, engine: EngineConfig) -> int:
 
 
 def cluster_of(config: PlanConfig, gpu: GpuName) -> Cluster:
-    return Cluster(GPU_TYPES[gpu], config.num_gpus, config.gpus_per_node, config.network_gb_s)
+    return Cluster(GPU_TYPES[gpu], config.num_gpus, config.gpus_per_node, config.network_gb_s, config.offload_gb_s)
 
 
 def usable_bytes(gpu: GpuName) -> float:
@@ -362,8 +369,8 @@ def _tokens(row: dict[str, Any]) -> float:
 
 
 def states_plan(config: PlanConfig, work: Workload, sharding: dict[str, Any]) -> StatesPlan:
-    settings = {"kind": config.engine.kind, "grad_accum_steps": config.engine.grad_accum_steps, **sharding}
-    engine = EngineConfig.model_validate(settings)
+    same = ("kind", "grad_accum_steps", "offload_folder")
+    engine = EngineConfig.model_validate({**config.engine.model_dump(include=set(same)), **sharding})
     held = states(work.size, engine, config.num_gpus, work.precision)
     numbers = {name: getattr(held, name) / 1e9 for name in StatesPlan.model_fields if hasattr(held, name)}
     return StatesPlan(sharding=sharding_name(engine), offload=_offload(engine), **numbers)
@@ -379,7 +386,7 @@ def sharding_name(engine: EngineConfig) -> str:
 
 def _offload(engine: EngineConfig) -> str:
     what = {"optimizer": engine.offload_optimizer, "weights": engine.offload_weights}
-    return ", ".join(name for name, where in what.items() if where == "cpu") or "none"
+    return ", ".join(name for name, where in what.items() if where != "none") or "none"
 
 
 def clips_plan(config: PlanConfig, work: Workload, clips: Clips, mode: Checkpointing) -> ClipsPlan:

@@ -23,6 +23,7 @@ class StatesPlan(BaseModel):
     average: float
     in_backward: float
     on_host: float
+    on_disk: float
     steady: float
 
 

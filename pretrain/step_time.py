@@ -56,6 +56,7 @@ class Cluster:
     num_gpus: int
     gpus_per_node: int
     network_gb_s: float  # of each GPU to other machines, one way
+    offload_gb_s: float  # of each machine's disk that GPUs offload to
 
     @property
     def num_nodes(self) -> int:
@@ -75,6 +76,10 @@ class Cluster:
 
     def host_s(self, num_bytes: float) -> float:
         return num_bytes / (REACHED * self.gpu.host_gb_s * 1e9)
+
+    def disk_s(self, num_bytes: float) -> float:
+        """Of what each GPU's share of a machine's disk is read and written."""
+        return num_bytes * min(self.num_gpus, self.gpus_per_node) / (self.offload_gb_s * 1e9)
 
 
 @dataclass(frozen=True)
@@ -129,8 +134,9 @@ def weights_traffic_s(size: ModelSize, engine: EngineConfig, cluster: Cluster) -
     num, micro_steps = cluster.num_gpus, engine.grad_accum_steps
     once = FLOAT * size.parameters * (num - 1) / num
     passes = _accelerate_passes(engine) if engine.kind == "accelerate" else _deepspeed_passes(engine)
-    from_host = 2 * micro_steps * FLOAT * size.parameters / num if engine.offload_weights == "cpu" else 0
-    return cluster.collective_s(passes * once) + cluster.host_s(from_host)
+    from_host = 2 * micro_steps * FLOAT * size.parameters / num if engine.offload_weights != "none" else 0
+    from_disk = from_host if engine.disk else 0
+    return cluster.collective_s(passes * once) + cluster.host_s(from_host) + cluster.disk_s(from_disk)
 
 
 def _deepspeed_passes(engine: EngineConfig) -> int:
@@ -167,7 +173,8 @@ def update_s(size: ModelSize, engine: EngineConfig, cluster: Cluster) -> float:
     if engine.offload_optimizer == "none":
         return UPDATE_BYTES * part / (REACHED * cluster.gpu.memory_gb_s * 1e9)
     on_machine = min(cluster.num_gpus, cluster.gpus_per_node)
-    return UPDATE_BYTES * part * on_machine / HOST_MEMORY_BYTES_S + cluster.host_s(2 * FLOAT * part)
+    updating = UPDATE_BYTES * part * on_machine / HOST_MEMORY_BYTES_S + cluster.host_s(2 * FLOAT * part)
+    return updating + (cluster.disk_s(UPDATE_BYTES * part) if engine.disk else 0)  # as if memory kept nothing of it
 
 
 # --- failures -----------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,7 @@ from held_ranks import ENGINES, MODEL
 CONFIGS = Path(__file__).parents[2] / "configs" / "pretrain"
 SHORT = "latent_shape=[5,16,32,40]"  # 17 frames of 256x320
 LONG = "latent_shape=[21,16,60,104]"  # 81 frames of 480x832
+NVME = {"offload_optimizer": "nvme", "offload_folder": Path("disk")}
 
 
 def planned(name, *overrides):
@@ -179,6 +181,9 @@ def test_memory_is_monotone(num_clips, more, precision):
         offloading = engine.model_copy(update={"offload_optimizer": "cpu"})
         kept, moved = (states(size, one, num_clips, precision) for one in (engine, offloading))
         assert moved.steady < kept.steady < moved.steady + moved.on_host
+        on_disk = states(size, offloading.model_copy(update=NVME), num_clips, precision)
+        assert replace(on_disk, on_disk=0, on_host=moved.on_host) == moved and moved.on_disk == on_disk.on_host == 0
+        assert on_disk.on_disk > moved.on_host  # what a checkpoint is written from lies there too
 
 
 # --- the best setting ---------------------------------------------------------------------------------------------
@@ -236,6 +241,22 @@ def test_compiling_is_proposed_where_it_pays_for_what_it_computes_again():
     assert len({one.model for one in flops}) == 1
     eager_only = planned("wan_1_3b", SHORT, "engine.compile=false", "num_gpus=512", "loader.global_batch_size=1024")
     assert not any(one.compile for one in settings(eager_only, work))
+
+
+def test_a_run_that_offloads_to_disks_is_planned_with_them():
+    """What fits stays what it is, and takes as much longer as the disk is slow."""
+    folder = ("engine.offload_folder=/nvme", "num_gpus=8", "engine.zero_stage=3")
+    in_memory, slow, fast = (
+        planned("wan_14b", SHORT, *folder, f"engine.offload_optimizer={place}", f"offload_gb_s={rate}")
+        for place, rate in (("cpu", 5), ("nvme", 5), ("nvme", 1e6))
+    )
+    work = Workload.of(slow)
+    prices = [price(config, work, config.engine, "h200", 0.4) for config in (in_memory, slow, fast)]
+    assert len({one.memory for one in prices}) == 1
+    assert prices[0].step_s == pytest.approx(prices[2].step_s, rel=1e-3) and prices[1].step_s > 2 * prices[2].step_s
+    plan = lay_out(slow)
+    assert all((one.on_disk > 0) == (one.offload != "none") and one.on_host == 0 for one in plan.states)
+    assert plan.deepspeed is not None and "nvme" not in json.dumps(plan.deepspeed)
 
 
 def test_a_step_is_as_long_as_its_arithmetic_where_nothing_else_is_to_do():
