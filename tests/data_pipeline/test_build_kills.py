@@ -88,9 +88,7 @@ def name_of(process: psutil.Process) -> str:
 
 def wait_for_workers(pid: int) -> bool:
     """False where the build ends first."""
-    deadline = time.monotonic() + 60
     while not workers():
-        assert time.monotonic() < deadline
         if not is_running(pid):
             return False
         time.sleep(0.05)

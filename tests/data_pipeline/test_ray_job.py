@@ -47,9 +47,7 @@ def is_running(pid: int) -> bool:
 
 
 def wait_until_gone(pid: int) -> None:
-    deadline = time.monotonic() + 60
     while is_running(pid):
-        assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
