@@ -15,7 +15,7 @@ from .curate.aesthetic import open_scorer
 from .curate.episode import CuratePlan, SourcePlan, view_name
 from .curate.text_cover import open_text_detector
 from .embodiments import Embodiment
-from .sources import AnySourceConfig, Source, SourceError, open_source
+from .sources import FORMATS, AnySourceConfig, Source, SourceError, detect_kind, open_source
 from .video_io import ViewConfig
 
 Listing = Mapping[str, Sequence[str]]
@@ -28,8 +28,9 @@ def open_sources(config: BuildConfig) -> tuple[dict[str, Source], dict[str, list
     for name, source in config.sources.items():
         if source.name not in (None, name):
             raise UserError(f"sources.{name}.name={source.name}: a source is named by its key; leave `name` out.")
-        with _reading(name):
-            sources[name] = open_source(_reader_config(name, source, config.root))
+        reader = _reader_config(name, source, config.root)
+        with _reading(name), _telling_another_kind(reader):
+            sources[name] = open_source(reader)
             listing[name] = sources[name].list_episodes()[: source.max_episodes]
         if not listing[name]:
             raise UserError(f"sources.{name}: {config.root / source.path} holds no episodes; check the path.")
@@ -45,6 +46,22 @@ def _reading(name: str) -> Iterator[None]:
         raise UserError(f"sources.{name}: {error.where}: {error.detail}.") from error
     except UserError as error:
         raise UserError(f"sources.{name}: {error}") from error
+
+
+@contextmanager
+def _telling_another_kind(config: AnySourceConfig) -> Iterator[None]:
+    """UserError with the right kind, where recordings cannot be opened as what the config says they are."""
+    try:
+        yield
+    except UserError as error:
+        try:
+            kind = detect_kind(config.path)
+        except UserError:
+            kind = config.kind
+        if kind == config.kind:
+            raise error
+        hint = f"it looks like {FORMATS[kind].looks_like}, so set sources.{config.name}.kind={kind}"
+        raise UserError(f"{str(error).removesuffix('.')}; {hint}.") from error
 
 
 def _reader_config(name: str, source: AnySourceConfig, root: Path) -> AnySourceConfig:

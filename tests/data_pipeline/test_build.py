@@ -393,6 +393,9 @@ def test_bad_input_is_one_sentence(recordings, tmp_path):
     video = {"kind": "video_folder"}
     bad(recordings, tmp_path, "there is no such folder", sources={"a": video | {"path": tmp_path / "nowhere"}})
     bad(recordings, tmp_path, "holds no video", sources={"a": video | {"path": tmp_path / "empty"}})
+    people = {"kind": "lerobot", "path": recordings / "people"}
+    looks = r"not a LeRobot dataset .*; it looks like video files .*, so set sources\.a\.kind=video_folder\.$"
+    bad(recordings, tmp_path, looks, sources={"a": people})
     bad(recordings, tmp_path, "needs multiples of 4", views={"front": {"height": 30, "width": 48}})
     bad(recordings, tmp_path, r"exists and is not a dataset", out=tmp_path / "precious")
     text = recordings / "people/text.mp4"
