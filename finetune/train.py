@@ -16,12 +16,15 @@ import torch
 from pydantic import Field
 
 from configs.loader import UserError, dump_config, run_command
+from data_pipeline.dataset import DatasetFolder
 from data_pipeline.datasets import Datasets, MixedInputs
 from pretrain.evaluate import check_same_encoders
-from pretrain.exported import MODEL_YAML, load_world_model
+from pretrain.exported import MODEL_YAML, WORLD_MODEL, WorldModelConfig, load_model_config
 from pretrain.run import StopSignal, exclusive, log_on_main_rank_only
-from pretrain.train import TrainConfig, dataset_batches, encoder_folders, resume_run, train
-from pretrain.world_models.observation_space import ObservationSpaceWorldModel, resolve
+from pretrain.starting_weights import SeededWeights, pretrained_weights
+from pretrain.train import TrainConfig, dataset_batches, encoder_folders, is_new_run, resume_run, train
+from pretrain.weights import FirstOf, Weights
+from pretrain.world_models.observation_space import ObservationSpaceWorldModel, build_world_model
 
 from .paradigms.joint_video_action import JointVideoAction, JointVideoActionConfig
 from .policy import PolicyModelConfig
@@ -42,20 +45,24 @@ def main(config: FinetuneConfig) -> int:
     log_on_main_rank_only()
     config = resume_run(config)
     datasets = Datasets.open(config.loader.addresses, config.loader.storage)
-    torch.manual_seed(config.seed)  # every rank starts from the same weights
     model, described = build_policy_model(config, datasets)
+    weights = policy_weights(config, model, datasets) if is_new_run(config.run_dir) else None
     texts = {MODEL_YAML: dump_config(described), **datasets.files()}
     batches = dataset_batches(datasets, config.loader)
     with exclusive(config.run_dir), StopSignal() as stop:
-        return train(config, model, texts, batches, stop, encoder_folders(datasets.first.path))
+        return train(config, model, texts, batches, stop, encoder_folders(datasets.first.path), weights)
 
 
 def build_policy_model(config: FinetuneConfig, datasets: Datasets) -> tuple[JointVideoAction, PolicyModelConfig]:
-    """The pretrained world model with a new action expert, sized for this dataset's robot."""
+    """The pretrained world model with a new action expert, sized for this dataset's robot. On the meta device: it has
+    no weights before an engine gives it some."""
     embodiment = choose_embodiment(config, datasets)
     inputs = datasets.inputs(config.loader.inputs)
     _check_one_size(inputs)
-    world_model = adapt_world_model(config.pretrained, inputs)
+    pretrained = load_model_config(config.pretrained, WorldModelConfig).world_model
+    check_same_encoders(datasets, DatasetFolder(config.pretrained))
+    of_this_robot = {"action_dim": None, "actions_per_latent": None}
+    world_model = build_world_model(pretrained.model_copy(update=of_this_robot), inputs)
     num_actions, per_latent = inputs.each[0].num_actions, datasets.actions_per_latent
     horizon = config.policy.action_horizon or num_actions
     if horizon % per_latent or not 0 < horizon <= num_actions:
@@ -73,7 +80,24 @@ def build_policy_model(config: FinetuneConfig, datasets: Datasets) -> tuple[Join
         embodiment=embodiment,
         execute_steps=config.execute_steps,
     )
-    return JointVideoAction(policy, world_model), described
+    with torch.device("meta"):
+        return JointVideoAction(policy, world_model), described
+
+
+def policy_weights(config: FinetuneConfig, model: JointVideoAction, datasets: Datasets) -> Weights:
+    """What a policy starts with: the pretrained world model, and for the rest what the seed draws. On a robot with
+    other actions than in pretraining the action conditioner starts anew too."""
+    pretrained, ours = load_model_config(config.pretrained, WorldModelConfig).world_model, model.world_model.config
+    with torch.device("meta"):
+        files = pretrained_weights(ObservationSpaceWorldModel(pretrained), config.pretrained, datasets)
+    known, sizes = (
+        {name: getattr(one, name) for name in ("action_dim", "actions_per_latent")} for one in (pretrained, ours)
+    )
+    if known != sizes:
+        logger.warning("pretrained for %s, the dataset has %s: the action conditioner starts anew", known, sizes)
+        files = [part.without("action_conditioner.") for part in files]
+    drawn = SeededWeights(lambda: JointVideoAction(model.config, ObservationSpaceWorldModel(ours)), config.seed)
+    return FirstOf(*(part.renamed(f"{WORLD_MODEL}.".__add__) for part in files), drawn)
 
 
 def _check_one_size(inputs: MixedInputs) -> None:
@@ -83,23 +107,6 @@ def _check_one_size(inputs: MixedInputs) -> None:
             f"loader.dataset: a policy plans for clips of one size (height x width x frames), but here are {sizes}; "
             "set loader.crop_frames, or build them with the same views."
         )
-
-
-def adapt_world_model(pretrained: Path, inputs: MixedInputs) -> ObservationSpaceWorldModel:
-    """The pretrained weights; on a robot with other actions all but the action conditioner, which starts anew."""
-    world_model, _, described = load_world_model(pretrained)
-    dataset = inputs.dataset
-    check_same_encoders(dataset, described)
-    sizes = {"action_dim": dataset.action_dim, "actions_per_latent": dataset.actions_per_latent}
-    known = {name: getattr(world_model.config, name) for name in sizes}
-    config = resolve(world_model.config.model_copy(update=sizes), inputs)
-    world_model.codec = inputs.codec()  # of these views, which may be others than in pretraining
-    if known == sizes:
-        return world_model.train()
-    logger.warning("pretrained for %s, the dataset has %s: the action conditioner starts anew", known, sizes)
-    adapted = ObservationSpaceWorldModel(config, world_model.codec)
-    adapted.video.load_state_dict(world_model.video.state_dict())
-    return adapted
 
 
 def choose_embodiment(config: FinetuneConfig, datasets: Datasets) -> str:

@@ -4,7 +4,10 @@ Either way every rank takes just the elements that it is in charge of, so that n
 """
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Protocol, cast
 
 import torch
 from jaxtyping import Float
@@ -18,7 +21,7 @@ from .evaluate import check_same_encoders
 from .exported import MODEL_YAML, VIDEO, WorldModelConfig, fitting_weights, load_model_config
 from .models.execution import blocks_of
 from .wan_folder import wan_weights
-from .weights import FirstOf, Weights
+from .weights import FirstOf, WeightFiles, Weights
 from .world_models.observation_space import ObservationSpaceWorldModel
 
 logger = logging.getLogger(__name__)
@@ -31,7 +34,7 @@ def starting_weights(
 
     What Wan has not (the action conditioner) starts so that it adds nothing: the model begins as Wan.
     """
-    drawn = SeededWeights(world_model, seed)
+    drawn = SeededWeights(partial(ObservationSpaceWorldModel, world_model.config), seed)
     if pretrained is None:
         return drawn
     logger.info("starting from the weights in %s", pretrained)
@@ -40,12 +43,12 @@ def starting_weights(
 
 def pretrained_weights(
     world_model: ObservationSpaceWorldModel, folder: Path, dataset: DatasetDescription
-) -> list[Weights]:
+) -> list[WeightFiles]:
     """All of a world model's, or Wan's for its video expert; a `UserError` tells what does not fit."""
     if (folder / MODEL_YAML).is_file():
         check_same_encoders(dataset, DatasetFolder(folder))
         load_model_config(folder, WorldModelConfig)  # refuses the export of a policy
-        return list(fitting_weights(world_model, folder))
+        return fitting_weights(world_model, folder)
     if dataset.info.codec.name != "wan":
         raise UserError(
             f"pretrained={folder} is read as a Wan checkpoint, and those know the latents of Wan's VAE alone, but "
@@ -54,16 +57,23 @@ def pretrained_weights(
     return [wan_weights(world_model.video, folder).renamed(f"{VIDEO}.".__add__)]
 
 
+class DrawsWeights(Protocol):
+    """A module that can be drawn on any device, a part of it while the rest is on the meta device."""
+
+    def init_weights(self) -> None: ...
+
+
 class SeededWeights:
-    """What a world model's `init_weights` draws, a block at a time (all that is in no block counts as one).
+    """What a model's `init_weights` draws, a block at a time (all that is in no block counts as one).
 
     Each block has a seed of its own, so the numbers are a pure function of the seed and the model's sizes: whoever
     needs one block draws no other, and how many ranks there are changes nothing.
     """
 
-    def __init__(self, world_model: ObservationSpaceWorldModel, seed: int) -> None:
+    def __init__(self, build: Callable[[], nn.Module], seed: int) -> None:
+        """`build` makes a model that keeps `DrawsWeights`."""
         with torch.device("meta"):
-            self._model = ObservationSpaceWorldModel(world_model.config)
+            self._model = build()
         self._seed = seed
         self.shapes = {name: tuple(one.shape) for name, one in self._model.named_parameters()}
         blocks = [list(block.modules()) for block in blocks_of(self._model)]
@@ -88,7 +98,8 @@ class SeededWeights:
             module.to_empty(device="cpu", recurse=False)
         with torch.random.fork_rng(devices=[]):
             seed_weights(self._seed, unit)
-            self._model.init_weights()  # changes the weights of this unit alone: all others are on the meta device
+            # Changes the weights of this unit alone: all others are on the meta device.
+            cast(DrawsWeights, self._model).init_weights()
         drawn = {name: one.detach() for name, one in self._model.named_parameters() if not one.is_meta}
         for module in self._units[unit]:
             module.to_empty(device="meta", recurse=False)

@@ -139,7 +139,7 @@ def main(config: PretrainConfig) -> int:
     datasets = Datasets.open(config.loader.addresses, config.loader.storage)
     inputs = datasets.inputs(config.loader.inputs)
     world_model = build_world_model(config.model, inputs)
-    is_new = not find_checkpoints(config.run_dir / CHECKPOINTS)
+    is_new = is_new_run(config.run_dir)
     weights = starting_weights(world_model, config.seed, config.pretrained, datasets) if is_new else None
     model_yaml = dump_config(WorldModelConfig(world_model=world_model.config, inputs=inputs.config))
     with exclusive(config.run_dir), StopSignal() as stop:
@@ -166,6 +166,11 @@ def resume_run(config: TrainConfigT) -> TrainConfigT:
         )
     settled = config.optimizer.model_copy(update={"decay_steps": config.optimizer.decay_steps or config.num_steps})
     return resume_config(config.run_dir, config.model_copy(update={"optimizer": settled}), MAY_CHANGE)
+
+
+def is_new_run(run_dir: Path) -> bool:
+    """It has no checkpoint yet, so it needs weights to start with."""
+    return not find_checkpoints(run_dir / CHECKPOINTS)
 
 
 def dataset_batches(datasets: Datasets, config: LoaderConfig) -> OpenBatches:

@@ -64,9 +64,16 @@ class WeightFiles:
 
     def renamed(self, rename: Callable[[str], str]) -> Self:
         """The same tensors under other names."""
+        return self._under({name: rename(name) for name in self.shapes})
+
+    def without(self, prefix: str) -> Self:
+        """The tensors whose names begin otherwise."""
+        return self._under({name: name for name in self.shapes if not name.startswith(prefix)})
+
+    def _under(self, names: Mapping[str, str]) -> Self:
         other = copy.copy(self)
-        other.shapes = {rename(name): shape for name, shape in self.shapes.items()}
-        other._stored = {rename(name): stored for name, stored in self._stored.items()}
+        other.shapes = {new: self.shapes[name] for name, new in names.items()}
+        other._stored = {new: self._stored[name] for name, new in names.items()}
         return other
 
     def read(self, name: str) -> Tensor:

@@ -81,6 +81,11 @@ class JointVideoAction(nn.Module):
             config.action_expert, world_model.config.video, world_model.config.action_dim, config.proprio_dim
         )
 
+    def init_weights(self) -> None:
+        """Draws all weights anew, from the default generator; those on the meta device draw nothing."""
+        self.world_model.init_weights()
+        self.action_expert.init_weights()
+
     @property
     def experts(self) -> dict[str, nn.ModuleList]:
         return {VIDEO_EXPERT: self.world_model.video.blocks, ACTION_EXPERT: self.action_expert.blocks}

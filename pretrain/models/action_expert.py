@@ -47,7 +47,16 @@ class ActionExpert(SplitsSequence):
         )  # fmt: skip
         self.norm_out = FP32LayerNorm(config.width, video.eps, elementwise_affine=False)
         self.action_out = nn.Linear(config.width, action_dim)
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, config.width) / config.width**0.5)
+        self.scale_shift_table = nn.Parameter(torch.empty(1, 2, config.width))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Draws all weights anew, as torch draws those of its layers; the last layer is of zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.LayerNorm | nn.RMSNorm):
+                module.reset_parameters()
+            elif isinstance(module, ExpertBlock | ActionExpert):
+                nn.init.normal_(module.scale_shift_table, std=module.scale_shift_table.shape[-1] ** -0.5)
         nn.init.zeros_(self.action_out.weight)
         nn.init.zeros_(self.action_out.bias)
 

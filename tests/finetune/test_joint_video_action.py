@@ -57,6 +57,22 @@ def awaken(model: nn.Module) -> nn.Module:
     return model
 
 
+@torch.no_grad()
+def test_all_weights_are_drawn_anew_those_of_actions_as_torch_draws_them():
+    model = make()
+    for parameter in model.parameters():
+        parameter.fill_(torch.nan)
+    model.init_weights()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    expert = model.action_expert
+    for layer in (expert.action_in, expert.proprio_in, expert.blocks[1].attn1.to_q, expert.blocks[0].ffn.net[2]):
+        bound = layer.in_features**-0.5
+        assert 0.8 * bound < layer.weight.max() < bound and layer.bias.abs().max() < bound
+    tables = torch.cat([part.scale_shift_table.flatten() for part in (expert, *expert.blocks)])
+    assert tables.std().item() == pytest.approx(20**-0.5, rel=0.2)
+    assert not expert.action_out.weight.any() and expert.blocks[0].norm2.weight.eq(1).all()
+
+
 def losses(model, batch) -> dict[str, float]:
     terms = model.loss(batch, SampleDraws.seeded(1, 1, range(len(batch["latents"]))))
     return {name: part.item() for name, part in terms.parts.items()}

@@ -29,7 +29,7 @@ from data_pipeline.video_io import ViewConfig, decode_clip
 from finetune.open_loop import OpenLoopConfig, evaluate_open_loop
 from finetune.policy import Policy
 from finetune.simulators import Observation
-from finetune.train import FinetuneConfig, build_policy_model
+from finetune.train import FinetuneConfig, build_policy_model, policy_weights
 from finetune.train import main as finetune
 from pretrain.evaluate import EvaluateConfig
 from pretrain.evaluate import main as evaluate
@@ -255,9 +255,12 @@ def finetune_config(chain: Path, **changes) -> FinetuneConfig:
 
 def test_fine_tuning_starts_from_the_pretrained_weights(chain: Path):
     pretrained, _, _ = load_world_model(chain / "pretrain" / "export")
-    model, described = build_policy_model(finetune_config(chain), Datasets.open({"": chain / "dataset"}))
-    for name, weights in pretrained.state_dict().items():
-        assert torch.equal(model.world_model.state_dict()[name], weights)
+    config, datasets = finetune_config(chain), Datasets.open({"": chain / "dataset"})
+    model, described = build_policy_model(config, datasets)
+    weights = policy_weights(config, model, datasets)
+    assert weights.shapes == {name: tuple(value.shape) for name, value in model.named_parameters()}
+    for name, value in pretrained.state_dict().items():
+        assert torch.equal(weights.part(f"world_model.{name}", 0, value.numel()), value.flatten())
     assert described.embodiment == "arm"
 
 

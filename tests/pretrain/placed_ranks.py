@@ -5,16 +5,26 @@ Bytes are the most that rank 0 had resident, beyond what it had before.
 
 import gc
 import json
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
+from configs.loader import dump_config
+from data_pipeline.datasets import Datasets
+from data_pipeline.model_inputs import InputConfig
+from finetune.paradigms.joint_video_action import JointVideoAction
+from finetune.train import FinetuneConfig, build_policy_model, policy_weights
 from pretrain.engine import EngineConfig, OptimizerConfig, create_engine
 from pretrain.engine.base import Engine
+from pretrain.exported import MODEL_YAML, WEIGHTS, WorldModelConfig, load_world_model
 from pretrain.models.video_dit import VideoDiTConfig
 from pretrain.starting_weights import SeededWeights, starting_weights
 from pretrain.wan_folder import STEM, write_wan_config
@@ -23,6 +33,8 @@ from pretrain.world_models.observation_space import ObservationSpaceConfig, Obse
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_training import whole_weights
+
+from tests.data_pipeline.tiny_dataset import tiny_dataset
 
 MID = VideoDiTConfig(
     num_attention_heads=8, attention_head_dim=64, text_dim=64, freq_dim=32, ffn_dim=2048, num_layers=12
@@ -37,6 +49,8 @@ ENGINES: dict[str, dict[str, Any]] = {
     "zero1": {"zero_stage": 1},
     "ddp": {"kind": "accelerate"},
 }
+DATASET, EXPORTS = "dataset", {"same_robot": 3, "other_robot": 2}
+"""Folders; of an export, how many actions its robot has."""
 WAN_DATASET: Any = SimpleNamespace(info=SimpleNamespace(codec=SimpleNamespace(name="wan")))
 
 
@@ -60,35 +74,78 @@ def peak_bytes(work: Callable[[], Any]) -> tuple[int, Any]:
     return memory("VmHWM") - before, done
 
 
-def open_engine(name: str, model: ObservationSpaceWorldModel, weights: Weights) -> Engine:
+def all_of(weights: Weights) -> dict[str, Tensor]:
+    return {
+        name: weights.part(name, 0, torch.Size(shape).numel()).view(shape) for name, shape in weights.shapes.items()
+    }
+
+
+def open_engine(name: str, model: ObservationSpaceWorldModel | JointVideoAction, weights: Weights) -> Engine:
     config = EngineConfig.model_validate({"device": "cpu", "precision": "fp32", "attention": "sdpa", **ENGINES[name]})
     return create_engine(config, model, OptimizerConfig(), weights)
 
 
-def differing(engine: Engine, expected: Weights) -> list[str]:
+def differing(engine: Engine, expected: Mapping[str, Tensor]) -> list[str]:
     found = whole_weights(engine)
     engine.close()
-    assert found.keys() == expected.shapes.keys()
-    values = {name: expected.part(name, 0, value.numel()) for name, value in found.items()}
-    return [name for name, value in found.items() if not torch.equal(value.flatten(), values[name])]
+    assert found.keys() == expected.keys()
+    return [name for name, value in found.items() if not torch.equal(value, expected[name])]
 
 
 def placed(name: str) -> dict[str, Any]:
     """A model of 200 MB that starts from its seed."""
-    model = empty_model(MID)
-    peak, engine = peak_bytes(lambda: open_engine(name, model, SeededWeights(model, seed=3)))
+    weights = SeededWeights(partial(empty_model, MID), seed=3)
+    peak, engine = peak_bytes(lambda: open_engine(name, empty_model(MID), weights))
     size = 4 * sum(torch.Size(shape).numel() for shape in engine.shapes.values())
-    return {"peak": peak / size, "differing": differing(engine, SeededWeights(model, seed=3))}
+    return {"peak": peak / size, "differing": differing(engine, all_of(weights))}
 
 
 def pretrained(name: str, folder: Path) -> list[str]:
     model = empty_model(TINY)
     weights = starting_weights(model, 3, folder, WAN_DATASET)
-    return differing(open_engine(name, model, weights), weights)
+    return differing(open_engine(name, model, weights), all_of(weights))
+
+
+def fine_tuned(name: str, dataset: Path, export: Path) -> list[str]:
+    """Expected is the whole world model of the export; its action conditioner is drawn anew for another robot."""
+    settings = {
+        "run_dir": "unused",
+        "num_steps": 1,
+        "seed": 3,
+        "pretrained": export,
+        "loader": {"dataset": dataset},
+        "policy": {"action_expert": {"width": 16, "ffn_dim": 24, "freq_dim": 8}},
+    }
+    config, datasets = FinetuneConfig.model_validate(settings), Datasets.open({"": dataset})
+    model, described = build_policy_model(config, datasets)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    pretrained, known, _ = load_world_model(export)
+    kept = {f"world_model.{part}": value for part, value in pretrained.state_dict().items()}
+    if known.world_model.action_dim != described.world_model.action_dim:
+        kept = {part: value for part, value in kept.items() if ".action_conditioner." not in part}
+    drawn = SeededWeights(
+        lambda: JointVideoAction(described.policy, ObservationSpaceWorldModel(described.world_model)), seed=3
+    )
+    return differing(open_engine(name, model, policy_weights(config, model, datasets)), all_of(drawn) | kept)
+
+
+def write_exports(folder: Path) -> None:
+    """Beside a dataset, of world models for its robot and for one with fewer actions."""
+    tiny_dataset(folder / DATASET)
+    for name, action_dim in EXPORTS.items():
+        shutil.copytree(folder / DATASET, folder / name)
+        config = ObservationSpaceConfig(
+            video=TINY.model_copy(update={"in_channels": 6, "out_channels": 6}),
+            **{"action_dim": action_dim, "actions_per_latent": 8, "residual_std": 1.0},
+        )
+        described = WorldModelConfig(world_model=config, inputs=InputConfig(views=("front",)))
+        (folder / name / MODEL_YAML).write_text(dump_config(described))
+        save_file(all_of(SeededWeights(partial(ObservationSpaceWorldModel, config), seed=7)), folder / name / WEIGHTS)
 
 
 def write_wan(folder: Path) -> None:
-    drawn = SeededWeights(empty_model(TINY), seed=7)
+    folder.mkdir()
+    drawn = SeededWeights(partial(empty_model, TINY), seed=7)
     shapes = {name.removeprefix("video."): shape for name, shape in drawn.shapes.items() if name.startswith("video.")}
 
     def read(name: str) -> torch.Tensor:
@@ -99,7 +156,10 @@ def write_wan(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    wan = Path(sys.argv[1])
-    seen = {name: placed(name) | {"from_wan": pretrained(name, wan)} for name in ENGINES}
+    folder = Path(sys.argv[1])
+    seen = {name: placed(name) for name in ENGINES}  # before anything else takes memory
+    for name in ENGINES:
+        seen[name]["from_wan"] = pretrained(name, folder / "wan")
+        seen[name] |= {export: fine_tuned(name, folder / DATASET, folder / export) for export in EXPORTS}
     if torch.distributed.get_rank() == 0:
         sys.stdout.write(json.dumps(seen) + "\n")

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from pretrain.starting_weights import SeededWeights
 from pretrain.weights import FirstOf, WeightFiles
 
 sys.path.insert(0, str(Path(__file__).parent))
-from placed_ranks import ENGINES, TINY, empty_model, write_wan
+from placed_ranks import ENGINES, EXPORTS, TINY, empty_model, write_exports, write_wan
 
 SCRIPT = Path(__file__).with_name("placed_ranks.py")
 SHARES = {"fsdp2": 0.5, "zero3": 1.0, "zero1": 1.5, "ddp": 1.0}
@@ -26,8 +27,9 @@ SHARES = {"fsdp2": 0.5, "zero3": 1.0, "zero1": 1.5, "ddp": 1.0}
 
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("wan")
-    write_wan(folder)
+    folder = tmp_path_factory.mktemp("starting")
+    write_wan(folder / "wan")
+    write_exports(folder)
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", SCRIPT, folder]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[2])}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=250)
@@ -50,6 +52,12 @@ def test_weights_are_the_same_under_every_engine(name: str, on_two: dict[str, An
     assert on_two[name]["from_wan"] == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ENGINES)
+def test_fine_tuning_starts_from_the_pretrained_weights_under_every_engine(name: str, on_two: dict[str, Any]) -> None:
+    assert {export: on_two[name][export] for export in EXPORTS} == {export: [] for export in EXPORTS}
+
+
 # --- from a seed --------------------------------------------------------------------------------------------------
 
 
@@ -58,10 +66,10 @@ def all_of(weights: SeededWeights, names: list[str]) -> dict[str, torch.Tensor]:
 
 
 def test_weights_are_a_function_of_the_seed_in_whatever_order_they_are_read() -> None:
-    model = empty_model(TINY)
-    names = list(model.state_dict())
+    build = partial(empty_model, TINY)
+    names = list(build().state_dict())
     first, again, backwards, other = (
-        all_of(SeededWeights(model, seed), order)
+        all_of(SeededWeights(build, seed), order)
         for seed, order in ((1, names), (1, names), (1, names[::-1]), (2, names))
     )
     assert all(torch.equal(first[name], again[name]) and torch.equal(first[name], backwards[name]) for name in names)
@@ -74,7 +82,7 @@ def test_weights_are_a_function_of_the_seed_in_whatever_order_they_are_read() ->
 
 def test_they_are_distributed_as_in_a_model_that_is_built_whole() -> None:
     model = empty_model(TINY)
-    weights = SeededWeights(model, 0)
+    weights = SeededWeights(partial(empty_model, TINY), 0)
     torch.manual_seed(0)
     whole = type(model)(model.config).state_dict()
     for name, value in all_of(weights, list(whole)).items():
@@ -90,7 +98,7 @@ def test_drawing_leaves_the_default_generator_alone() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    SeededWeights(empty_model(TINY), 0).part("video.proj_out.bias", 0, 1)
+    SeededWeights(partial(empty_model, TINY), 0).part("video.proj_out.bias", 0, 1)
     assert torch.equal(torch.rand(3), expected)
 
 
