@@ -40,13 +40,8 @@ TRAINING = {
 
 
 def write_training(folder: Path, dataset: Path, **changes: Any) -> Path:
-<<<<<<< Updated upstream
     """The config of a pretraining run of a few hundred steps, each of some hundredths of a second: it may be over
     before a test looks again, unless it is HELD."""
-=======
-    """The config of a pretraining run of a few hundred steps, each of some hundredths of a second: unless it is HELD, it
-    may be over before a test looks again."""
->>>>>>> Stashed changes
     loader = {"dataset": str(dataset), "global_batch_size": BATCH, "text_length": 4}
     path = folder / "training.yaml"
     path.write_text(yaml.safe_dump({"run_dir": str(folder / "alone"), "loader": loader, **TRAINING, **changes}))
