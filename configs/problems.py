@@ -151,6 +151,8 @@ def explain_refusal(error: OSError) -> str | None:
 
     None for other errors: a file that suddenly is not there, for example, may well be our own mistake.
     """
+    if (error.strerror or "").startswith("No usable temporary directory"):  # as `tempfile` says it
+        return f"{error.strerror}; set TMPDIR to a folder that can be written."
     if error.errno not in _NEXT_MOVES:
         return None
     where = error.filename2 or error.filename

@@ -20,7 +20,7 @@ from .draws import seed_weights
 from .evaluate import check_same_encoders
 from .exported import MODEL_YAML, VIDEO, WorldModelConfig, fitting_weights, load_model_config
 from .models.execution import blocks_of
-from .wan_folder import wan_weights
+from .wan_folder import CONFIG_JSON, TRANSFORMER, wan_weights
 from .weights import FirstOf, WeightFiles, Weights
 from .world_models.observation_space import ObservationSpaceWorldModel
 
@@ -49,6 +49,11 @@ def pretrained_weights(
         check_same_encoders(dataset, DatasetFolder(folder))
         load_model_config(folder, WorldModelConfig)  # refuses the export of a policy
         return fitting_weights(world_model, folder)
+    if not any((folder / part / CONFIG_JSON).is_file() for part in ("", TRANSFORMER)):
+        raise UserError(
+            f"pretrained={folder} {'holds' if folder.is_dir() else 'is no folder that holds'} neither {MODEL_YAML}, as "
+            f"export/ of a pretraining run does, nor {CONFIG_JSON}, as a Wan transformer does; give one of those."
+        )
     if dataset.info.codec.name != "wan":
         raise UserError(
             f"pretrained={folder} is read as a Wan checkpoint, and those know the latents of Wan's VAE alone, but "

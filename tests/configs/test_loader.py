@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 from typing import Annotated, Literal
@@ -543,6 +544,16 @@ def test_what_the_file_system_refuses_is_one_sentence(capsys, tmp_path):
     assert capsys.readouterr().err.startswith(expected)
     assert run("dataset=d", main=fill_the_disk) == 2
     sentence = "error: No space left on device; free some space there and start the same command again.\n"
+    assert capsys.readouterr().err == sentence
+
+
+def test_a_machine_without_room_for_temporary_files_is_told(capsys, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nowhere"])
+    assert run("dataset=d", main=lambda config: tempfile.gettempdir()) == 2
+    sentence = (
+        "error: No usable temporary directory found in ['/nowhere']; set TMPDIR to a folder that can be written.\n"
+    )
     assert capsys.readouterr().err == sentence
 
 

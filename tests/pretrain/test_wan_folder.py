@@ -243,3 +243,12 @@ def test_a_clip_image_encoder_is_refused(tmp_path: Path) -> None:
 def test_latents_of_another_codec_are_refused(wan_folder: Path) -> None:
     with pytest.raises(UserError, match=re.escape("codec embedded; build the dataset with codec.kind=wan")):
         pretrained_weights(world_model(), wan_folder, dataset_of("embedded"))
+
+
+@pytest.mark.parametrize(("name", "is_what"), [("nothing", "is no folder that holds"), ("dataset", "holds")])
+def test_what_is_neither_an_export_nor_a_wan_checkpoint_is_refused_as_such(
+    name: str, is_what: str, tmp_path: Path
+) -> None:
+    (tmp_path / "dataset").mkdir()
+    with pytest.raises(UserError, match=rf"pretrained={tmp_path / name} {is_what} neither model\.yaml, .* nor config"):
+        pretrained_weights(world_model(), tmp_path / name, dataset_of("embedded"))
