@@ -91,8 +91,10 @@ end_attempt() { # with the step's exit code: this job again, or none, or the nex
 }
 
 write_report() { # on the chain, with what this job has come to
+    local left=$((TIME_S - SECONDS - 30)) # a job that is done is not to be ended by its limit now
+    [ "$left" -gt 0 ] || return 0
     trap '' TERM USR2
-    timeout 300 "${SRUN[@]}" --overlap --nodes=1 --ntasks=1 --nodelist="${NODES%% *}" \
+    timeout "$((left < 300 ? left : 300))" "${SRUN[@]}" --overlap --nodes=1 --ntasks=1 --nodelist="${NODES%% *}" \
         "${PYTHON[@]}" -m slurm.report "$CHAIN_DIR" ||
         say "the chain's page is not written; python -m slurm.report $CHAIN_DIR writes it"
 }

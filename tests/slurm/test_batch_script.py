@@ -381,3 +381,18 @@ def test_a_signal_that_comes_before_there_is_a_step_starts_none(tmp_path: Path):
     assert not (tmp_path / "started").exists()
     assert "requeue 7" in (tmp_path / "called").read_text()
     assert [one.verdict for one in read_attempts(tmp_path / "small/slurm/pretrain")] == ["requeue"]
+
+
+# --- in its last lines --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("time_s", "limit"), [(29, None), (40, "10"), (3600, "300")])
+def test_the_page_of_a_chain_is_no_reason_to_meet_the_time_limit(time_s: int, limit: str | None):
+    """The next stage would not start."""
+    text = (REPOSITORY / "slurm/job.sh").read_text()
+    function = "write_report" + text.partition("\nwrite_report")[2].partition("\n}\n")[0] + "\n}\n"
+    settings = f"TIME_S={time_s} SRUN=(srun) PYTHON=(python) NODES='n1 n2' CHAIN_DIR=/run\n"
+    calls = 'timeout() { echo "$*"; }\nunset SECONDS\nSECONDS=0\nwrite_report\n'  # a clock that stands still
+    process = subprocess.run(["bash", "-c", function + settings + calls], capture_output=True, text=True)
+    called = "srun --overlap --nodes=1 --ntasks=1 --nodelist=n1 python -m slurm.report /run\n"
+    assert (process.returncode, process.stdout) == (0, f"{limit} {called}" if limit else ""), process.stderr
