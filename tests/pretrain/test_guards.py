@@ -192,6 +192,21 @@ def test_a_run_that_is_never_finite_ends(tmp_path: Path) -> None:
     assert "none of the last 7 steps could be taken" in events(tmp_path)[-1]["error"]
 
 
+def test_each_batch_of_a_validation_is_a_sign_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many there are, none may be taken for a step that is stuck."""
+    signs: list[float] = []
+    monkeypatch.setattr("faulthandler.dump_traceback_later", lambda seconds, **_: signs.append(seconds))
+    monkeypatch.setattr("faulthandler.cancel_dump_traceback_later", lambda: None)
+    counts = []
+    for num_batches in (2, 9):
+        signs.clear()
+        run_dir = tmp_path / str(num_batches)
+        config = tiny.tiny_config(run_dir, 3, validate_every=3, validation_batches=num_batches, stuck_after_s=77)
+        assert tiny.tiny_run(config) == 0
+        counts.append(len(signs))
+    assert counts[1] - counts[0] == 9 - 2 and set(signs) == {77}
+
+
 # --- processes ----------------------------------------------------------------------------------------------------
 
 
