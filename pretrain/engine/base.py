@@ -17,7 +17,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from configs.loader import StrictConfig
+from configs.loader import StrictConfig, UserError
 
 from ..draws import SampleDraws
 from ..models.attention import AttentionBackend
@@ -264,10 +264,17 @@ class Engine(ABC):
 
     @torch.no_grad()
     def take(self, weights: Weights) -> None:
-        """Gives all parameters these values, of which each rank reads its own part. Collective."""
-        for name, shard in self.shards().items():
-            if shard.num:
-                shard.values.copy_(weights.part(name, shard.start, shard.num))
+        """Gives all parameters these values, of which each rank reads its own part; what one refuses is refused on all.
+        Collective."""
+        refusal: UserError | None = None
+        try:
+            for name, shard in self.shards().items():
+                if shard.num:
+                    shard.values.copy_(weights.part(name, shard.start, shard.num))
+        except UserError as error:
+            refusal = error
+        if self.any_rank(refusal is not None):
+            raise refusal or UserError("Another rank cannot use the weights that the run starts from, and says why.")
         self._spread()
 
     def optimizer_steps(self) -> dict[str, float]:

@@ -213,6 +213,21 @@ def test_ranks_agree_on_a_flag(seen: dict[str, Any]) -> None:
     assert all(observed["any_rank"] == [True, False] for observed in seen.values())
 
 
+def test_starting_weights_that_one_rank_refuses_are_refused_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the others would wait for it, and say no more than that it is gone."""
+
+    def refuse(name: str, start: int, num: int) -> torch.Tensor:
+        raise UserError("not finite")
+
+    votes: list[bool] = []
+    engine = create_engine(EngineConfig(kind="accelerate", device="cpu"), torch.nn.Linear(2, 2), OptimizerConfig())
+    monkeypatch.setattr(engine, "any_rank", lambda flag: votes.append(flag) or True)
+    for part, told in ((refuse, "not finite"), (lambda name, start, num: torch.zeros(num), "Another rank cannot")):
+        with pytest.raises(UserError, match=told):
+            engine.take(SimpleNamespace(part=part, shapes={}))
+    assert votes == [True, False]
+
+
 def test_step_needs_all_its_micro_batches() -> None:
     config = EngineConfig(kind="accelerate", device="cpu", precision="fp32", grad_accum_steps=2)
     engine = create_engine(config, torch.nn.Linear(2, 2), OptimizerConfig())
