@@ -83,16 +83,10 @@ def test_a_job_that_gets_nowhere_stops_itself(cluster: Any, dataset: Path, tmp_p
 
 def test_a_node_that_cannot_work_is_left_out(cluster: Any, dataset: Path, tmp_path: Path):
     config = tiny.write_training(tmp_path, dataset, num_steps=2, validate_every=2)
-    stage = pretrain_stage(config, preflight=True, nodes={"min": 1, "max": 2}, sbatch=["--hold"])
+    stage = pretrain_stage(config, preflight=True, preflight_s=5, nodes={"min": 1, "max": 2})
     chain = tiny.write_chain(cluster, tmp_path, pretrain=stage)
-    held = tiny.submit(cluster, chain)["pretrain"]
-    # The same file by hand, but for the two minutes that nodes wait for one that does not answer.
-    script = tmp_path / "run" / "slurm" / "pretrain" / "job.sbatch"
-    text = script.read_text().replace("#SBATCH --hold\n", "").replace("preflight check", "preflight check --limit-s 5")
-    script.write_text(text)
-    cluster.run("scancel", held)
     with cluster.sick_node("n2"):
-        task = tiny.pretraining(cluster, chain, cluster.submit(script))
+        task = tiny.pretraining(cluster, chain, tiny.submit(cluster, chain)["pretrain"])
         job = task.wait_for_end("COMPLETED", "FAILED")
     assert [one.verdict for one in task.attempts] == ["requeue", "done"]
     assert [one.nodes for one in task.attempts] == [("n1", "n2"), ("n1",)]
