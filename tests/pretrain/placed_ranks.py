@@ -1,13 +1,13 @@
 """How much memory ranks need to give a model its first weights, and which weights those are, by engine; under torchrun.
 
-Bytes are the most that rank 0 had resident, beyond what it had before.
+Bytes are those of rank 0's tensors that were alive at once. Not what was resident, which depends on what was freed
+before, and on what is not yet written to.
 """
 
-import gc
 import json
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +16,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from configs.loader import dump_config
 from data_pipeline.datasets import Datasets
@@ -24,6 +28,7 @@ from finetune.paradigms.joint_video_action import JointVideoAction
 from finetune.train import FinetuneConfig, build_policy_model, policy_weights
 from pretrain.engine import EngineConfig, OptimizerConfig, create_engine
 from pretrain.engine.base import Engine
+from pretrain.engine.deepspeed import REDUCE_BUCKET
 from pretrain.exported import MODEL_YAML, WEIGHTS, WorldModelConfig, load_world_model
 from pretrain.models.video_dit import VideoDiTConfig
 from pretrain.starting_weights import SeededWeights, starting_weights
@@ -60,18 +65,26 @@ def empty_model(video: VideoDiTConfig) -> ObservationSpaceWorldModel:
         return ObservationSpaceWorldModel(config)
 
 
-def memory(what: str) -> int:
-    """VmRSS, or VmHWM, which is the most it has been."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.partition(f"{what}:")[2].split()[0])
+class AliveBytes(TorchDispatchMode):
+    """The most that was alive at once of the tensors made meanwhile, as shares of a size; buffers hold many layers."""
 
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.peak, self.peak_of_layers = size, 0.0, 0.0
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
 
-def peak_bytes(work: Callable[[], Any]) -> tuple[int, Any]:
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-    before = memory("VmRSS")
-    done = work()
-    return memory("VmHWM") - before, done
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        done = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(done):
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            if isinstance(local, Tensor) and not local.is_meta:
+                storage = local.untyped_storage()
+                self._alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._alive = {place: one for place, one in self._alive.items() if not one[0].expired()}
+        sizes = [size for _, size in self._alive.values()]
+        self.peak = max(self.peak, sum(sizes) / self.size)
+        self.peak_of_layers = max(self.peak_of_layers, sum(size for size in sizes if size < self.size / 20) / self.size)
+        return done
 
 
 def all_of(weights: Weights) -> dict[str, Tensor]:
@@ -95,9 +108,11 @@ def differing(engine: Engine, expected: Mapping[str, Tensor]) -> list[str]:
 def placed(name: str) -> dict[str, Any]:
     """A model of 200 MB that starts from its seed."""
     weights = SeededWeights(partial(empty_model, MID), seed=3)
-    peak, engine = peak_bytes(lambda: open_engine(name, empty_model(MID), weights))
-    size = 4 * sum(torch.Size(shape).numel() for shape in engine.shapes.values())
-    return {"peak": peak / size, "differing": differing(engine, all_of(weights))}
+    size = 4 * sum(torch.Size(shape).numel() for shape in weights.shapes.values())
+    with AliveBytes(size) as alive:
+        engine = open_engine(name, empty_model(MID), weights)
+    peak = alive.peak - (4 * REDUCE_BUCKET / size if name == "zero3" else 0)
+    return {"peak": peak, "layers": alive.peak_of_layers, "differing": differing(engine, all_of(weights))}
 
 
 def pretrained(name: str, folder: Path) -> list[str]:
@@ -157,7 +172,7 @@ def write_wan(folder: Path) -> None:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    seen = {name: placed(name) for name in ENGINES}  # before anything else takes memory
+    seen = {name: placed(name) for name in ENGINES}
     for name in ENGINES:
         seen[name]["from_wan"] = pretrained(name, folder / "wan")
         seen[name] |= {export: fine_tuned(name, folder / DATASET, folder / export) for export in EXPORTS}

@@ -21,8 +21,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from placed_ranks import ENGINES, EXPORTS, TINY, empty_model, write_exports, write_wan
 
 SCRIPT = Path(__file__).with_name("placed_ranks.py")
-SHARES = {"fsdp2": 0.5, "zero3": 1.0, "zero1": 1.5, "ddp": 1.0}
-"""Of all weights' bytes, what a rank of two holds before its first step: ZeRO has a second copy of its part."""
+SHARES = {"fsdp2": 0.5, "zero3": 1.5, "zero1": 2.0, "ddp": 2.0}
+"""Of all weights' bytes, the most that a rank of two holds before its first step: FSDP2 its part; ZeRO-3 too, with a
+float32 copy and room for the part's gradients; ZeRO-1 all, while it lays them end to end in a new place; DDP all, with
+room for their gradients. Besides, ZeRO-3 has a bucket for gradients, which is as large for every model."""
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +42,15 @@ def on_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ENGINES)
 def test_a_model_is_placed_in_the_memory_of_its_share(name: str, on_two: dict[str, Any]) -> None:
-    """And of one block, a twelfth of this one, and the buffers of a library. Built whole first, it would be 1 more."""
-    room = 1.1 if name == "zero1" else 0.4  # ZeRO-1 lays its weights end to end in a new place
-    assert SHARES[name] - 0.05 < on_two[name]["peak"] < SHARES[name] + room
+    """And of one block, which is a twelfth of this model."""
+    assert SHARES[name] - 0.05 < on_two[name]["peak"] < SHARES[name] + 0.12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fsdp2", "zero3"])
+def test_who_needs_a_part_never_has_all_layers(name: str, on_two: dict[str, Any]) -> None:
+    """Room for gradients comes later, so it would hide a model that was built whole at first."""
+    assert 0.45 < on_two[name]["layers"] < 0.62
 
 
 @pytest.mark.slow
