@@ -265,6 +265,7 @@ def train(
             if is_stopping and not is_last:
                 events.note("stopped_on_request")
                 logger.info("stopped on request after step %d; start the same command again to go on", step)
+                engine.close()
                 return EXIT_STOPPED
 
     progress.finish()

@@ -7,6 +7,7 @@ DeepSpeed's own checkpoints are pickles, tied to a stage and a number of ranks. 
 weights and states in the optimizer's partitions, and `pretrain.checkpoint` writes those.
 """
 
+import atexit
 import json
 import logging
 import math
@@ -207,6 +208,16 @@ class DeepSpeedEngine(Engine):
     def close(self) -> None:
         self._deepspeed.destroy()
         torch.nn.functional.linear = self._linear
+        # Where a run ends in order, and not where a rank fails: that would wait for the others.
+        atexit.register(_let_go_of_groups)
+
+
+def _let_go_of_groups() -> None:
+    """DeepSpeed's own references keep groups and their threads alive, which may abort an interpreter that ends."""
+    from deepspeed import comm
+
+    if comm.is_initialized():
+        comm.destroy_process_group()
 
 
 def deepspeed_config(config: EngineConfig, optimizer: OptimizerConfig, precision: str) -> dict[str, Any]:

@@ -228,6 +228,25 @@ def test_starting_weights_that_one_rank_refuses_are_refused_on_all(monkeypatch: 
     assert votes == [True, False]
 
 
+@pytest.mark.slow
+def test_a_process_leaves_its_ranks_before_the_interpreter_ends() -> None:
+    """Threads of gloo's that live on may abort it, and a run that is done would count as failed."""
+    script = """
+import atexit
+atexit.register(lambda: print(dist.is_initialized(), groups._WORLD_GROUP))  # what is registered later runs earlier
+import torch.distributed as dist
+from deepspeed.utils import groups
+from torch.nn import Linear
+from pretrain.engine import EngineConfig, OptimizerConfig, create_engine
+create_engine(EngineConfig(device="cpu", precision="fp32"), Linear(2, 2), OptimizerConfig()).close()
+print(dist.is_initialized(), groups._WORLD_GROUP is not None)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[2])}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.splitlines()[-2:] == ["True True", "False None"]
+
+
 def test_step_needs_all_its_micro_batches() -> None:
     config = EngineConfig(kind="accelerate", device="cpu", precision="fp32", grad_accum_steps=2)
     engine = create_engine(config, torch.nn.Linear(2, 2), OptimizerConfig())
