@@ -26,7 +26,7 @@ from ..models.execution import blocks_of
 from .base import Engine, EngineConfig, StepReport, T
 from .disk import DiskMemory
 from .optimizer import OptimizerConfig, build_optimizer, set_learning_rate
-from .ranks import Ranks
+from .ranks import Ranks, leave_ranks
 from .shards import MOMENTS, Shard, make_optimizer_states, share
 
 REDUCE_BUCKET = 50_000_000  # gradients that are reduced at once
@@ -208,16 +208,11 @@ class DeepSpeedEngine(Engine):
     def close(self) -> None:
         self._deepspeed.destroy()
         torch.nn.functional.linear = self._linear
-        # Where a run ends in order, and not where a rank fails: that would wait for the others.
-        atexit.register(_let_go_of_groups)
+        # DeepSpeed has groups of its own. Where a run ends in order, and not where a rank fails: that would wait for
+        # the others.
+        from deepspeed import comm
 
-
-def _let_go_of_groups() -> None:
-    """DeepSpeed's own references keep groups and their threads alive, which may abort an interpreter that ends."""
-    from deepspeed import comm
-
-    if comm.is_initialized():
-        comm.destroy_process_group()
+        atexit.register(leave_ranks, comm.destroy_process_group)
 
 
 def deepspeed_config(config: EngineConfig, optimizer: OptimizerConfig, precision: str) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """Who this process is among the ranks, its device, its number format, and the few collectives that a loop needs."""
 
 import atexit
+import ctypes
 import os
+import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -79,13 +81,20 @@ def join_ranks(device: Literal["auto", "cpu", "cuda"], timeout_s: float) -> Rank
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         if backend == "gloo":
             # Or its threads outlive the interpreter and abort the process, most of the time, with exit code 134.
-            atexit.register(_leave_ranks)
+            atexit.register(leave_ranks)
     return Ranks(dist.get_rank(), dist.get_world_size(), _local_rank(), chosen)
 
 
-def _leave_ranks() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def leave_ranks(destroy: Callable[[], None] = dist.destroy_process_group) -> None:
+    """As the last thing a process does. Groups that are taken apart while the interpreter ends abort the process: their
+    threads may still need it. So they are taken apart before, and one that somebody goes on holding never is."""
+    if not dist.is_initialized():
+        return
+    world = dist.group.WORLD
+    destroy()
+    time.sleep(0.1)  # for threads that have tensors to let go of, which needs the interpreter
+    if sys.getrefcount(world) > 2:  # more than this variable, and the argument of the call
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(world))
 
 
 def resolve_precision(precision: Literal["auto", "bf16", "fp32"], ranks: Ranks) -> Literal["bf16", "fp32"]:

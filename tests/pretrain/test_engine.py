@@ -230,7 +230,7 @@ def test_starting_weights_that_one_rank_refuses_are_refused_on_all(monkeypatch: 
 
 @pytest.mark.slow
 def test_a_process_leaves_its_ranks_before_the_interpreter_ends() -> None:
-    """Threads of gloo's that live on may abort it, and a run that is done would count as failed."""
+    """Or threads of gloo's may abort it, and a run that is done would count as failed."""
     script = """
 import atexit
 atexit.register(lambda: print(dist.is_initialized(), groups._WORLD_GROUP))  # what is registered later runs earlier
